@@ -1,0 +1,29 @@
+"""Errors a user can cause.
+
+Every one of them derives from `QwenVLError` and carries one line: which argument or file, what was expected, what came,
+and what to do. The command line prints that line and exits with status 2; libraries may catch the base class.
+"""
+
+
+class QwenVLError(Exception):
+    """Base of all errors that input, files or settings can cause; the message is one line with a remedy."""
+
+
+class ConfigError(QwenVLError):
+    """A setting that does not exist, or a value that cannot be used."""
+
+
+class CheckpointError(QwenVLError):
+    """A model folder that is incomplete, damaged, or of another kind than it says."""
+
+
+class MediaError(QwenVLError):
+    """An image or video that cannot be read, or whose size or times cannot be used."""
+
+
+class ConversationError(QwenVLError):
+    """A conversation whose messages or parts are malformed."""
+
+
+class DataError(QwenVLError):
+    """A data set or record that cannot be used for training."""
