@@ -46,34 +46,26 @@ def _download(hub_id: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        # The listing is asked for by itself because it takes a timeout; the download then names the exact revision.
-        revision = huggingface_hub.HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_SECONDS).sha
-        folder = huggingface_hub.snapshot_download(
-            hub_id, revision=revision, allow_patterns=list(patterns), etag_timeout=HUB_TIMEOUT_SECONDS
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, allow_patterns=list(patterns), etag_timeout=HUB_TIMEOUT_SECONDS, library_name="qwenvl_jax"
+            )
         )
-        return Path(folder)
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{hub_id!r} is neither a folder nor a model on the hub that you may read; check the spelling, or log in "
             "with `hf auth login` if it is private or gated."
         ) from error
-    except (OSError, HfHubHTTPError, *_transport_errors()) as error:
-        reason = _first_line(error)
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
     except LocalEntryNotFoundError as error:
+        # snapshot_download gives this one for every failed connection, whichever HTTP library it uses, once it has
+        # looked in the cache.
         raise CheckpointError(
-            f"{hub_id!r} is not a folder, was not downloaded before, and the hub cannot be reached ({reason}); check "
-            "the spelling and the connection, or give a local folder."
+            f"{hub_id!r} is not a folder, was not downloaded before, and the hub cannot be reached; check the "
+            "spelling and the connection, or give a local folder."
         ) from error
-
-
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """Connection errors of the HTTP client that huggingface_hub uses, which are no OSErrors with every client."""
-    import httpx
-
-    return (httpx.HTTPError,)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    except (OSError, HfHubHTTPError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{hub_id!r} is not a folder, and downloading it from the hub failed: {reason.rstrip('.')}; try again, or "
+            "give a local folder."
+        ) from error

@@ -13,7 +13,7 @@ import torch
 def _import_torchvision() -> "torch.library.Library | None":
     """Imports torchvision, declaring its two operators first where its compiled library does not load."""
     try:
-        import torchvision  # noqa: F401
+        import torchvision
 
         return None
     except RuntimeError as error:
@@ -31,8 +31,8 @@ def _import_torchvision() -> "torch.library.Library | None":
 
 TORCHVISION_OPS = _import_torchvision()
 
-import transformers  # noqa: E402  (after torchvision's operators exist)
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration  # noqa: E402
+import transformers
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 REFERENCE_VERSION = "5.23.0"
 assert transformers.__version__ == REFERENCE_VERSION, (
