@@ -80,13 +80,11 @@ class KVCache:
 
     Attributes:
       keys, values: [Y, B, S, K, E], the layers stacked; carried through the layer scan and updated in place.
-      segment_ids: i32[B, S], 1 where a slot holds a token, 0 where it is empty or padding.
-      lengths: i32[B], slots in use in each row; the next token is written there.
+      lengths: i32[B], slots in use in each row; the next token is written at this slot, over padding if need be.
       next_positions: i32[B], the position (on all axes) of the next token.
     """
 
     keys: Array
     values: Array
-    segment_ids: Array
     lengths: Array
     next_positions: Array

@@ -1,0 +1,142 @@
+"""`QwenVL`: tower, mergers and decoder, joined by the vision index of a `Batch`.
+
+Calls change nothing: caches go in and come out. Training splits the module once and works on the plain tree.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwenvl_jax.batch import Batch, KVCache
+from qwenvl_jax.config import QwenVLConfig
+from qwenvl_jax.models.merger import Merger
+from qwenvl_jax.models.text import Decoder
+from qwenvl_jax.models.vision import VisionTower
+from qwenvl_jax.ops.rope import mrope_cos_sin
+
+
+class QwenVL(nnx.Module):
+    """A Qwen-VL model.
+
+    Attributes:
+      config: the shape; see `QwenVLConfig`.
+      dtype: of the activations. Norms, softmax, rotary angles and logits are f32 whatever it is.
+      vision, merger, deepstack, text: the parts. `deepstack` holds the DeepStack mergers stacked, or None.
+    """
+
+    def __init__(self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        taps = len(config.vision.deepstack_visual_indexes)
+        make = {"rngs": rngs, "dtype": param_dtype}
+        self.vision = VisionTower(config.vision, **make)
+        self.merger = Merger(config.vision, norm_after_join=False, **make)
+        self.deepstack = Merger(config.vision, norm_after_join=True, stack=taps, **make) if taps else None
+        self.text = Decoder(config.text, **make)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype="bfloat16", mesh=None) -> "QwenVL":
+        """Loads a folder in the public layout, or a hub id; see `qwenvl_jax.models.pretrained.load`."""
+        from qwenvl_jax.models import pretrained
+
+        return pretrained.load(path, dtype=dtype, mesh=mesh)
+
+    def save_pretrained(self, out_dir) -> None:
+        """Writes the public layout; see `qwenvl_jax.models.pretrained.save`."""
+        from qwenvl_jax.models import pretrained
+
+        pretrained.save(self, out_dir)
+
+    def __call__(self, batch: Batch, *, remat: bool = False):
+        """Logits of every token slot: f32[B, T, V]. Those of padding mean nothing."""
+        return self.text.logits(self.hidden(batch, remat=remat))
+
+    def hidden(self, batch: Batch, *, remat: bool = False):
+        """The decoder's output after its last norm, [B, T, H]: what a chunked loss reads."""
+        return self._decode_rows(batch, remat)[0]
+
+    def encode(self, batch: Batch, *, remat: bool = False):
+        """Runs the tower and the mergers.
+
+        Returns:
+          (merged [G, M, H], deepstack [Kd, G, M, H]), the merged tokens of each group, bucket after bucket.
+        """
+        merged, deep = [], []
+        for rows in batch.vision:
+            last, taps = self.vision(rows, self.dtype, remat)
+            G = last.shape[0]
+            merged.append(self.merger(last).reshape(G, -1, self.config.text.hidden_size))
+            if self.deepstack is not None:
+                features = jax.vmap(lambda merger, tap: merger(tap))(self.deepstack, taps)
+                deep.append(features.reshape(features.shape[0], G, -1, self.config.text.hidden_size))
+        return jnp.concatenate(merged, axis=1), jnp.concatenate(deep, axis=2) if deep else None
+
+    def prefill(self, batch: Batch, cache_size: int):
+        """Reads one prompt a row and fills a cache with it.
+
+        Args:
+          batch: one sample a row, padding on the right.
+          cache_size: S, slots of the cache; at least T.
+
+        Returns:
+          (logits f32[B, V] of each row's next token, the cache).
+        """
+        x_BTH, (keys, values) = self._decode_rows(batch, remat=False)
+        lengths_B = jnp.sum(batch.segment_ids > 0, axis=1).astype(jnp.int32)
+        room = ((0, 0), (0, 0), (0, cache_size - x_BTH.shape[1]), (0, 0), (0, 0))
+        last_BH = jnp.take_along_axis(x_BTH, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        cache = KVCache(
+            keys=jnp.pad(keys, room),
+            values=jnp.pad(values, room),
+            lengths=lengths_B,
+            next_positions=jnp.max(batch.positions, axis=(1, 2)) + 1,
+        )
+        return self.text.logits(last_BH), cache
+
+    def decode(self, tokens_B, cache: KVCache):
+        """Reads one more token a row. Donate the cache: it is extended in place.
+
+        Args:
+          tokens_B: i32[B].
+          cache: as `prefill` or `decode` left it, with a free slot in every row.
+
+        Returns:
+          (logits f32[B, V] of the token after it, the cache).
+        """
+        B = tokens_B.shape[0]
+        positions_B1A = jnp.broadcast_to(cache.next_positions[:, None, None], (B, 1, 3))
+        cos, sin = self._cos_sin(positions_B1A)
+        x_B1H = self.text.embed(tokens_B[:, None], self.dtype)
+        x_B1H, keys, values = self.text.step(x_B1H, cos, sin, cache.keys, cache.values, cache.lengths)
+        cache = KVCache(keys, values, cache.lengths + 1, cache.next_positions + 1)
+        return self.text.logits(x_B1H[:, 0]), cache
+
+    def _cos_sin(self, positions_BTA):
+        text = self.config.text
+        return mrope_cos_sin(positions_BTA, text.rope, text.head_dim, self.dtype)
+
+    def _decode_rows(self, batch: Batch, remat: bool):
+        x_BTH = self.text.embed(batch.tokens, self.dtype)
+        deepstack = (0, None)
+        if batch.vision:
+            merged, deep = self.encode(batch, remat=remat)
+            x_BTH = _at_vision(x_BTH, merged, batch.vision_index, otherwise=x_BTH)
+            if deep is not None:
+
+                def add(x, k):
+                    features = jax.lax.dynamic_index_in_dim(deep, k, 0, keepdims=False)
+                    return x + _at_vision(x, features, batch.vision_index, otherwise=jnp.zeros_like(x))
+
+                deepstack = (deep.shape[0], add)
+        cos, sin = self._cos_sin(batch.positions)
+        return self.text(x_BTH, cos, sin, batch.segment_ids, deepstack, remat)
+
+
+def _at_vision(x_BTH, features_GMH, index_BT, otherwise):
+    """Returns [B, T, H]: at each vision token the feature of its own group, elsewhere `otherwise`.
+
+    The gather stays within a group, so that under sharding no device reads another group's features.
+    """
+    B, T, H = x_BTH.shape
+    index_GT = index_BT.reshape(features_GMH.shape[0], -1)
+    picked = jax.vmap(lambda features, index: jnp.take(features, jnp.maximum(index, 0), axis=0))(features_GMH, index_GT)
+    return jnp.where((index_BT >= 0)[..., None], picked.reshape(B, T, H).astype(x_BTH.dtype), otherwise)

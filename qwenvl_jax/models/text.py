@@ -1,0 +1,166 @@
+"""The decoder: grouped-query attention with normalised queries and keys, interleaved MRoPE, SwiGLU, scanned layers.
+
+DeepStack features enter inside the scan: after decoder layer k (both residuals added) the k-th features are added to
+the hidden states of the vision tokens. Source: Qwen3-VL technical report, section 2; the reference's
+`Qwen3VLTextModel`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwenvl_jax.config import TextConfig
+from qwenvl_jax.models.layers import Embed, Linear, RMSNorm
+from qwenvl_jax.ops.attention import attention
+from qwenvl_jax.ops.rope import rotate
+
+
+class TextAttention(nnx.Module):
+    """Queries, keys and values, the first two normalised per head before they are turned."""
+
+    def __init__(self, config: TextConfig, *, stack, rngs, dtype):
+        embed = {"embed": config.hidden_size}
+        heads = {"heads": config.num_attention_heads, "head_dim": config.head_dim}
+        kv_heads = {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        make = {"use_bias": False, "stack": stack, "rngs": rngs, "dtype": dtype}
+        self.q = Linear(embed, heads, **make)
+        self.k = Linear(embed, kv_heads, **make)
+        self.v = Linear(embed, kv_heads, **make)
+        self.o = Linear(heads, embed, **make)
+        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, stack=stack, dtype=dtype)
+        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, stack=stack, dtype=dtype)
+
+    def project(self, x_BTH, cos, sin):
+        """Returns (q [B, T, N, E], k [B, T, K, E], v [B, T, K, E]), the first two turned to their positions."""
+        q = rotate(self.q_norm(self.q(x_BTH)), cos, sin)
+        k = rotate(self.k_norm(self.k(x_BTH)), cos, sin)
+        return q, k, self.v(x_BTH)
+
+
+class TextMLP(nnx.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, config: TextConfig, *, stack, rngs, dtype):
+        embed, mlp = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
+        make = {"use_bias": False, "stack": stack, "rngs": rngs, "dtype": dtype}
+        self.gate = Linear(embed, mlp, **make)
+        self.up = Linear(embed, mlp, **make)
+        self.down = Linear(mlp, embed, **make)
+
+    def __call__(self, x):
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class TextLayer(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to its input."""
+
+    def __init__(self, config: TextConfig, *, stack, rngs, dtype):
+        norm = {"eps": config.rms_norm_eps, "stack": stack, "dtype": dtype}
+        self.input_norm = RMSNorm(config.hidden_size, **norm)
+        self.attn = TextAttention(config, stack=stack, rngs=rngs, dtype=dtype)
+        self.post_attention_norm = RMSNorm(config.hidden_size, **norm)
+        self.mlp = TextMLP(config, stack=stack, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x_BTH, cos, sin, attend):
+        """One layer. `attend(q, k, v) -> (y, aux)` decides what the queries see; `aux` is handed back."""
+        y, aux = attend(*self.attn.project(self.input_norm(x_BTH), cos, sin))
+        x_BTH = x_BTH + self.attn.o(y)
+        return x_BTH + self.mlp(self.post_attention_norm(x_BTH)), aux
+
+
+class Decoder(nnx.Module):
+    """Embedding, the scanned layers, the last norm and the output projection (the embedding's own where tied)."""
+
+    def __init__(self, config: TextConfig, *, rngs, dtype):
+        self.config = config
+        self.embed = Embed(config.vocab_size, config.hidden_size, axes=("vocab", "embed"), rngs=rngs, dtype=dtype)
+        self.layers = TextLayer(config, stack=config.num_hidden_layers, rngs=rngs, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(
+                {"embed": config.hidden_size}, {"vocab": config.vocab_size}, use_bias=False, rngs=rngs, dtype=dtype
+            )
+        )
+
+    def head_weight(self):
+        """Returns the output projection, [H, V]."""
+        return self.embed.table[...].T if self.head is None else self.head.kernel[...]
+
+    def logits(self, x):
+        """Maps hidden states [..., H] to logits f32[..., V]."""
+        weight = self.head_weight().astype(x.dtype)
+        return jnp.einsum("...h,hv->...v", x, weight).astype(jnp.float32)
+
+    def __call__(self, x_BTH, cos, sin, segments_BT, deepstack, remat: bool = False):
+        """Runs the layers over whole rows.
+
+        Args:
+          x_BTH: embeddings, vision tokens in place.
+          cos, sin: [B, T, E // 2], from `mrope_cos_sin`.
+          segments_BT: i32[B, T], the samples of each row; 0 is padding.
+          deepstack: (count, add): `add(x, k)` adds the k-th DeepStack features to x; count may be 0.
+          remat: whether a layer's activations are made again in the backward pass in place of being kept.
+
+        Returns:
+          ([B, T, H] after the last norm, (keys, values) each [Y, B, T, K, E]).
+        """
+
+        def attend(q, k, v):
+            y = attention(q, k, v, q_segments_BT=segments_BT, kv_segments_BS=segments_BT, causal=True)
+            return y, (k, v)
+
+        def body(x, layer):
+            layer, index = layer
+            x, aux = layer(x, cos, sin, attend)
+            return _add_deepstack(x, index, deepstack), aux
+
+        body = jax.checkpoint(body) if remat else body
+        indices = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
+        x_BTH, keys_values = jax.lax.scan(body, x_BTH, (self.layers, indices))
+        return self.norm(x_BTH), keys_values
+
+    def step(self, x_B1H, cos, sin, keys, values, lengths_B):
+        """Runs the layers over one new token a row, reading and extending the cache in place.
+
+        The cache is carried through the scan, not scanned over: as scanned input and output it would be copied whole.
+
+        Args:
+          x_B1H: embeddings of the new tokens.
+          cos, sin: [B, 1, E // 2].
+          keys, values: [Y, B, S, K, E].
+          lengths_B: i32[B], the slot of the new token in each row.
+
+        Returns:
+          ([B, 1, H] after the last norm, keys, values).
+        """
+        rows = jnp.arange(x_B1H.shape[0])
+        filled_BS = (jnp.arange(keys.shape[2])[None, :] <= lengths_B[:, None]).astype(jnp.int32)
+        ones_B1 = jnp.ones((x_B1H.shape[0], 1), jnp.int32)
+
+        def body(carry, layer):
+            x, keys, values = carry
+            layer, index = layer
+
+            def attend(q, k, v):
+                new_keys = keys.at[index, rows, lengths_B].set(k[:, 0])
+                new_values = values.at[index, rows, lengths_B].set(v[:, 0])
+                mine = (jax.lax.dynamic_index_in_dim(c, index, 0, keepdims=False) for c in (new_keys, new_values))
+                y = attention(q, *mine, q_segments_BT=ones_B1, kv_segments_BS=filled_BS, causal=False)
+                return y, (new_keys, new_values)
+
+            x, (keys, values) = layer(x, cos, sin, attend)
+            return (x, keys, values), None
+
+        indices = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
+        (x_B1H, keys, values), _ = jax.lax.scan(body, (x_B1H, keys, values), (self.layers, indices))
+        return self.norm(x_B1H), keys, values
+
+
+def _add_deepstack(x, index, deepstack):
+    """Adds the features of decoder layer `index`, where it has any; the other layers skip even the gather."""
+    count, add = deepstack
+    if not count:
+        return x
+    return jax.lax.cond(index < count, lambda x: add(x, jnp.minimum(index, count - 1)), lambda x: x, x)
