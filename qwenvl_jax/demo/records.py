@@ -1,0 +1,100 @@
+"""Conversations about clips, and what their answers are.
+
+A training conversation asks for every event of a clip, one turn each, in one sequence:
+
+    user       [video] When does the red circle appear?
+    assistant  {"event": "red circle", "start": 3.4, "end": 7.1}
+    user       When does the blue ring appear?
+    assistant  ...
+
+It is taught what can be seen: `start` is the printed time of the first temporal patch (two sampled frames) that shows
+the object, `end` that of the last, so that every answer is a copy of times in the prompt. The answers are judged
+against the true times of the event, which no frame needs to show.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwenvl_jax.demo.clips import Clip, Event
+from qwenvl_jax.demo.vocabulary import SAMPLED_FPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Sighting:
+    """What the sampled frames of a clip show.
+
+    Attributes:
+      times: f64[t], seconds of each temporal patch, as in the prompt before rounding to a tenth.
+      visible: bool[t, e], whether event e of the clip is in one of the frames of the patch.
+    """
+
+    times: np.ndarray
+    visible: np.ndarray
+
+    def span(self, event: int) -> tuple[float, float]:
+        """Times of the first and the last patch that show event number `event`, as printed: to a tenth of a second."""
+        seen = np.flatnonzero(self.visible[:, event])
+        return float(f"{self.times[seen[0]]:.1f}"), float(f"{self.times[seen[-1]]:.1f}")
+
+
+def sight(clip: Clip, fps: float = SAMPLED_FPS) -> Sighting:
+    """What a model sees of a clip, sampled at `fps` frames a second by the rule that the processor follows."""
+    count = min(max(int(clip.frames / clip.fps * fps), 4), clip.frames)
+    indices = np.linspace(0, clip.frames - 1, count).round().astype(int)
+    times_N = np.asarray(indices) / clip.fps
+    visible_NE = np.stack([(times_N >= event.start) & (times_N < event.end) for event in clip.events], axis=1)
+    if len(indices) % 2:
+        visible_NE = np.concatenate([visible_NE, visible_NE[-1:]])
+        times_N = np.append(times_N, times_N[-1])
+    return Sighting((times_N[0::2] + times_N[1::2]) / 2, visible_NE[0::2] | visible_NE[1::2])
+
+
+def question(name: str) -> str:
+    """The question for the event called `name`."""
+    return f"When does the {name} appear?"
+
+
+def answer(name: str, start: float, end: float) -> str:
+    """The JSON that answers it; times in seconds, printed to a tenth."""
+    return f'{{"event": "{name}", "start": {start:.1f}, "end": {end:.1f}}}'
+
+
+def parse_answer(text: str) -> tuple[str, float, float] | None:
+    """(event, start, end) of an answer, or None if it is not the JSON asked for."""
+    try:
+        value = json.loads(text)
+        return str(value["event"]), float(value["start"]), float(value["end"])
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def ask(video: object, event: Event, fps: float | None = SAMPLED_FPS) -> list[dict]:
+    """A conversation that asks when one event happens.
+
+    Args:
+      video: a path or `VideoFrames`; frames chosen by the caller take `fps=None`.
+    """
+    part = {"type": "video", "video": os.fspath(video) if isinstance(video, os.PathLike) else video}
+    if fps is not None:
+        part["fps"] = fps
+    return [{"role": "user", "content": [part, {"type": "text", "text": question(event.name)}]}]
+
+
+def conversation(clip: Clip, video: object, rng: np.random.Generator, fps: float = SAMPLED_FPS) -> list[dict]:
+    """The training conversation of a clip: all its events in an order drawn from `rng`, with the answers."""
+    order = [int(e) for e in rng.permutation(len(clip.events))]
+    return ask(video, clip.events[order[0]], fps) + questions_and_answers(clip, sight(clip, fps), order)[1:]
+
+
+def questions_and_answers(clip: Clip, sighting: Sighting, order: Sequence[int]) -> list[dict]:
+    """Messages of text that ask for the events of a clip in the given order and answer with what is seen."""
+    messages = []
+    for e in order:
+        name = clip.events[e].name
+        messages.append({"role": "user", "content": question(name)})
+        messages.append({"role": "assistant", "content": answer(name, *sighting.span(e))})
+    return messages

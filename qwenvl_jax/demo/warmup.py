@@ -1,0 +1,40 @@
+"""Text that teaches the form of the task: it stands in for the language model that a real run would start from.
+
+The same clips, questions and answers as in `records`, but each temporal patch is told in words where pixels would be:
+
+    <0.1 seconds> nothing<0.6 seconds> red circle<1.1 seconds> blue ring red circle ...When does the red circle appear?
+    {"event": "red circle", "start": 0.6, "end": 1.1}
+
+Only pairs of colour and shape that training clips show are named, and no pixel is drawn.
+"""
+
+import numpy as np
+
+from qwenvl_jax.demo.clips import Clip, describe_clip
+from qwenvl_jax.demo.records import Sighting, questions_and_answers, sight
+from qwenvl_jax.demo.vocabulary import SAMPLED_FPS
+
+
+def told(clip: Clip, sighting: Sighting, rng: np.random.Generator, markers: bool = True) -> str:
+    """What the temporal patches of a clip show, in words; the objects of one patch in an order drawn from `rng`.
+
+    Args:
+      markers: put the words between vision_start and vision_end, where the prompt of a video has its vision tokens.
+    """
+    before, after = ("<|vision_start|>", "<|vision_end|>") if markers else ("", "")
+    parts = []
+    for time, visible_E in zip(sighting.times, sighting.visible, strict=True):
+        names = [clip.events[e].name for e in rng.permutation(np.flatnonzero(visible_E))]
+        words = "".join(f" {name}" for name in names or ["nothing"])
+        parts.append(f"<{time:.1f} seconds>{before}{words}{after}")
+    return "".join(parts)
+
+
+def text_conversation(seed: int, index: int, fps: float = SAMPLED_FPS, markers: bool = True) -> list[dict]:
+    """Warm-up conversation number `index`: a pure function of its arguments."""
+    clip = describe_clip(seed, index, "train")
+    rng = np.random.default_rng([seed, index])
+    sighting = sight(clip, fps)
+    messages = questions_and_answers(clip, sighting, [int(e) for e in rng.permutation(len(clip.events))])
+    messages[0]["content"] = told(clip, sighting, rng, markers) + messages[0]["content"]
+    return messages
