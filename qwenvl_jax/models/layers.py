@@ -35,7 +35,9 @@ class Linear(nnx.Module):
         sizes, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
         shape, names = _stacked(sizes, axes, stack)
         scale = 1.0 / math.sqrt(math.prod(inputs.values()))
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype), axes=names)
+        kernel = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype)
+        # `inputs` tells an optimizer that works on matrices which axes, after the layers', are summed over.
+        self.kernel = nnx.Param(kernel, axes=names, inputs=len(inputs))
         if use_bias:
             shape, names = _stacked(tuple(outputs.values()), tuple(outputs), stack)
             self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=names)
