@@ -14,11 +14,13 @@ against the true times of the event, which no frame needs to show.
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 
 import numpy as np
 
+from qwenvl_jax.data.sampling import group_times, uniform_indices
 from qwenvl_jax.demo.clips import Clip, Event
 from qwenvl_jax.demo.vocabulary import SAMPLED_FPS
 
@@ -28,10 +30,12 @@ class Sighting:
     """What the sampled frames of a clip show.
 
     Attributes:
+      frame_times: f64[n], seconds of each sampled frame.
       times: f64[t], seconds of each temporal patch, as in the prompt before rounding to a tenth.
       visible: bool[t, e], whether event e of the clip is in one of the frames of the patch.
     """
 
+    frame_times: np.ndarray
     times: np.ndarray
     visible: np.ndarray
 
@@ -43,14 +47,13 @@ class Sighting:
 
 def sight(clip: Clip, fps: float = SAMPLED_FPS) -> Sighting:
     """What a model sees of a clip, sampled at `fps` frames a second by the rule that the processor follows."""
-    count = min(max(int(clip.frames / clip.fps * fps), 4), clip.frames)
-    indices = np.linspace(0, clip.frames - 1, count).round().astype(int)
-    times_N = np.asarray(indices) / clip.fps
-    visible_NE = np.stack([(times_N >= event.start) & (times_N < event.end) for event in clip.events], axis=1)
-    if len(indices) % 2:
-        visible_NE = np.concatenate([visible_NE, visible_NE[-1:]])
-        times_N = np.append(times_N, times_N[-1])
-    return Sighting((times_N[0::2] + times_N[1::2]) / 2, visible_NE[0::2] | visible_NE[1::2])
+    indices_N = uniform_indices(clip.frames, clip.fps, fps=fps)
+    times_N = indices_N / clip.fps
+    starts_E, ends_E = np.array([(event.start, event.end) for event in clip.events]).T
+    visible_NE = (times_N[:, None] >= starts_E) & (times_N[:, None] < ends_E)
+    # An odd count of frames is filled up with the last one, as in the processor.
+    visible_NE = np.pad(visible_NE, ((0, len(times_N) % 2), (0, 0)), mode="edge")
+    return Sighting(times_N, np.array(group_times(times_N, 2)), visible_NE[0::2] | visible_NE[1::2])
 
 
 def question(name: str) -> str:
@@ -67,9 +70,10 @@ def parse_answer(text: str) -> tuple[str, float, float] | None:
     """(event, start, end) of an answer, or None if it is not the JSON asked for."""
     try:
         value = json.loads(text)
-        return str(value["event"]), float(value["start"]), float(value["end"])
+        event, start, end = str(value["event"]), float(value["start"]), float(value["end"])
     except (ValueError, TypeError, KeyError):
         return None
+    return (event, start, end) if math.isfinite(start) and math.isfinite(end) else None
 
 
 def ask(video: object, event: Event, fps: float | None = SAMPLED_FPS) -> list[dict]:
