@@ -103,7 +103,12 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QwenVLConfig:
-    """A whole model: tower, decoder, and the token ids that mark vision in the text."""
+    """A whole model: tower, decoder, and the token ids that mark vision in the text.
+
+    Attributes:
+      eos_token_ids: ids that end an answer, from generation_config.json; empty where it names none, and generation then
+        stops at the tokenizer's.
+    """
 
     text: TextConfig
     vision: VisionConfig
@@ -112,6 +117,7 @@ class QwenVLConfig:
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
+    eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.vision.out_hidden_size != self.text.hidden_size:
