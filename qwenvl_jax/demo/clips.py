@@ -21,9 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import ffmpeg
 import numpy as np
-from imageio_ffmpeg import get_ffmpeg_exe as ffmpeg_exe
 from PIL import Image, ImageDraw
 
+from qwenvl_jax.data.video import ffmpeg_program
 from qwenvl_jax.errors import DataError
 
 COLOURS = {
@@ -240,7 +240,7 @@ def write_clip(clip: Clip, target: str | os.PathLike) -> None:
     options = {"vcodec": "libx264", "crf": 18, "pix_fmt": "yuv420p", "preset": "ultrafast", "threads": 1}
     job = source.output(os.fspath(target), **options).global_args("-loglevel", "error").overwrite_output()
     try:
-        job.run(cmd=ffmpeg_exe(), input=frames_NHWC.tobytes(), capture_stdout=True, capture_stderr=True)
+        job.run(cmd=ffmpeg_program(), input=frames_NHWC.tobytes(), capture_stdout=True, capture_stderr=True)
     except ffmpeg.Error as error:
         words = (error.stderr or b"").decode(errors="replace").strip().splitlines() or ["no message"]
         raise DataError(f"ffmpeg could not write {target}: {words[-1]}; see that there is room on the disk.") from error
