@@ -68,47 +68,29 @@ class SampleFacts:
     frames: tuple[int, ...] = ()
 
 
-def lay_frames(frames: Sequence[int], vision: VisionShape) -> list[tuple[int, int, int]] | None:
-    """Lays whole frames side by side into the vision rows of one group.
+def frames_fit(counts: Mapping[int, int], vision: VisionShape) -> bool:
+    """Whether frames can be laid whole into the vision rows of one group by the rule of `collate.place_frames`.
 
-    Longest frames first, each into the first row with room, rows of shorter buckets before those of longer ones; so
-    whether a set of frames fits does not depend on their order.
+    That is: longest first, each into the fullest row that still holds it, of the shortest rows that can. So the answer
+    depends on how many frames of each size there are and not on their order, and equal frames fill row after row.
 
     Args:
-      frames: patches of each frame.
+      counts: how many frames there are of each number of patches.
       vision: the buckets (R, L) of a group.
-
-    Returns:
-      For each frame, in the order given, (bucket, row in it, first patch slot); None if they do not fit.
     """
-    runs = _lay_sizes(collections.Counter(frames), vision)
-    if runs is None:
-        return None
-    slots = {
-        size: ((bucket, row, start + i * size) for bucket, row, start, count in placed for i in range(count))
-        for size, placed in runs.items()
-    }
-    return [next(slots[size]) for size in frames]
-
-
-def _lay_sizes(counts: Mapping[int, int], vision: VisionShape) -> dict[int, list[tuple[int, int, int, int]]] | None:
-    """For each frame size, runs of equal frames (bucket, row, first slot, how many); None if they do not fit."""
-    rows = sorted((length, bucket, row) for bucket, (count, length) in enumerate(vision) for row in range(count))
-    used = [0] * len(rows)
-    runs = {}
+    buckets = [[length] * rows for length, rows in sorted((length, rows) for rows, length in vision)]
     for size in sorted(counts, reverse=True):
-        left, runs[size] = counts[size], []
-        for i, (length, bucket, row) in enumerate(rows):
-            here = min(left, (length - used[i]) // size)
-            if here:
-                runs[size].append((bucket, row, used[i], here))
-                used[i] += here * size
+        left = counts[size]
+        for free in buckets:
+            for row in sorted(range(len(free)), key=free.__getitem__):
+                here = min(left, free[row] // size)
+                free[row] -= here * size
                 left -= here
             if not left:
                 break
         if left:
-            return None
-    return runs
+            return False
+    return True
 
 
 def check_fits(facts: Iterable[SampleFacts], shape: BatchShape) -> None:
@@ -143,7 +125,7 @@ def _misfit(sample: SampleFacts, shape: BatchShape) -> str | None:
             f"has a frame of {max(sample.frames)} patches, but the longest vision row of batch.vision has {longest}; "
             "add a longer bucket, or take fewer pixels."
         )
-    if lay_frames(sample.frames, shape.vision) is None:
+    if not frames_fit(collections.Counter(sample.frames), shape.vision):
         return (
             f"has {len(sample.frames)} frames of {sum(sample.frames)} patches together, more than the "
             f"batch.vision={shape.vision} of a group holds; add vision rows, or take fewer frames or pixels."
@@ -204,6 +186,7 @@ class _StepRows:
         self.samples: list[list[int]] = [[] for _ in range(shape.rows)]
         self._left = [shape.length] * shape.rows
         self._vision = shape.vision
+        self._room = sum(rows * length for rows, length in shape.vision)
         self._patches = [0] * shape.groups
         self._frames = [collections.Counter() for _ in range(shape.groups)]
         self._rows_in_group = shape.rows // shape.groups
@@ -234,7 +217,7 @@ class _StepRows:
             return True
         together = self._frames[group] + collections.Counter(facts.frames)
         patches = self._patches[group] + sum(facts.frames)
-        if patches > sum(rows * length for rows, length in self._vision) or _lay_sizes(together, self._vision) is None:
+        if patches > self._room or not frames_fit(together, self._vision):
             return False
         self._frames[group], self._patches[group] = together, patches
         return True

@@ -1,0 +1,101 @@
+"""Facts about the samples of a data set, measured once without decoding a pixel and kept beside the data.
+
+The file of facts, `<data>.facts-<processor>.json`, is only a cache: every entry is looked up by the record's text, the
+state of its media files and the processor's settings, so a changed record, file or setting is measured again.
+"""
+
+import collections
+import concurrent.futures
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from qwenvl_jax.data.packing import SampleFacts
+from qwenvl_jax.data.sources import Record, Source, media_paths
+from qwenvl_jax.errors import DataError, QwenVLError
+
+# Probing a file waits for another process, so a few at a time even on few cores.
+_PROBES = 4
+
+
+def sample_key(record: Record, processor_key: str) -> str:
+    """What identifies a processed sample: its text, its media files' sizes and times, the processor; "" if nothing can."""
+    if not record.content or not processor_key:
+        return ""
+    digest = hashlib.sha256(f"{processor_key} {record.content}".encode())
+    for path in media_paths(record.messages):
+        try:
+            status = os.stat(path)
+        except OSError:
+            return ""
+        digest.update(f" {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def measure_source(
+    source: Source, processor, *, processor_key: str = "", cache: Path | None = None
+) -> tuple[SampleFacts, ...]:
+    """The facts of every sample of `source`, in order.
+
+    Args:
+      processor: its `measure(conversation)` tells tokens and grids without decoding pixels.
+      processor_key: a hash of the processor's settings; "" measures everything again.
+      cache: the path that the file of facts begins with; None keeps none.
+
+    Raises:
+      DataError: a record that the processor refuses, naming file and line.
+    """
+    path = Path(f"{cache}.facts-{processor_key[:12]}.json") if cache and processor_key else None
+    known = _read_facts(path) if path else {}
+    found: dict[str, list] = {}
+
+    def measure(index: int) -> SampleFacts:
+        record = source[index]
+        key = sample_key(record, processor_key)
+        entry = known.get(key) if key else None
+        if entry is None:
+            try:
+                facts = processor.measure(record.messages)
+            except QwenVLError as error:
+                raise DataError(f"{record.where}: {error}") from error
+            # Equal frames follow each other: (patches in a frame, how many frames).
+            entry = [facts.tokens, [[h * w, t] for t, h, w in facts.grids]]
+        if key:
+            found[key] = entry
+        frames = tuple(patches for patches, count in entry[1] for _ in range(count))
+        return SampleFacts(f"{record.where} ({record.id})", entry[0], frames)
+
+    with concurrent.futures.ThreadPoolExecutor(_PROBES) as pool:
+        facts = tuple(pool.map(measure, range(len(source))))
+    if path and found != known:
+        _write_facts(path, found)
+    return facts
+
+
+def facts_digest(facts: tuple[SampleFacts, ...], source: Source) -> str:
+    """A hash of everything that a plan and its batches follow from, pixels aside; the place of the data is left out."""
+    digest = hashlib.sha256()
+    for index, sample in enumerate(facts):
+        frames = sorted(collections.Counter(sample.frames).items())
+        digest.update(f"{source[index].id} {source[index].content} {sample.tokens} {frames}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_facts(path: Path) -> dict[str, list]:
+    """The entries of a file of facts; none if it is missing or damaged, for it can be made again."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_facts(path: Path, entries: dict[str, list]) -> None:
+    """Writes a file of facts whole or not at all. Data on a read-only disk is measured again each time."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+            json.dump(entries, file)
+        os.replace(file.name, path)
+    except OSError:
+        return

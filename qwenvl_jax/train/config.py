@@ -1,0 +1,185 @@
+"""The settings of a training run: a curriculum of stages over one model.
+
+Made in Python files (`configs/`), changed from the command line by dotted names (`qwenvl_jax.train.overrides`). What
+changes the numbers of a run is part of its fingerprint, and a run continues only with the same one; `RUNTIME_FIELDS`
+are the others.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from qwenvl_jax.config import QwenVLConfig
+from qwenvl_jax.data.packing import BatchShape
+from qwenvl_jax.errors import ConfigError
+
+# Settings that say how a run is carried out, not what it computes.
+RUNTIME_FIELDS = frozenset({"cache_bytes", "cache_dir", "threads", "workers", "prefetch", "keep_checkpoints"})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the samples of a stage come from and how they are read.
+
+    Attributes:
+      source: path of a JSONL file of records, several paths, or an object with `__len__` and `__getitem__`.
+      shuffle: whether each epoch has an order of its own, drawn from the run's seed.
+      window: samples of the stream that a step chooses from when it is packed; 0 is four for each row.
+      cache_bytes: how much memory processed samples may keep.
+      cache_dir: folder where processed samples are kept across runs; None keeps none.
+      threads: that make batches; 0 makes them between the steps.
+      workers: processes that make batches, each with caches and threads of its own; 0 stays in this one.
+      prefetch: batches made ahead.
+    """
+
+    source: Any = ""
+    shuffle: bool = True
+    window: int = 0
+    cache_bytes: int = 1 << 30
+    cache_dir: str | None = None
+    threads: int = 1
+    workers: int = 0
+    prefetch: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule. Gradients are clipped by their global norm first.
+
+    Attributes:
+      name: "adamw", or "muon" for the matrices with AdamW for the rest (embeddings, output projection, norms, biases).
+      learning_rate: the peak of the schedule.
+      adam_learning_rate: under "muon", the peak for what AdamW updates.
+      schedule: after the warm-up, "constant", or "cosine" down to `final_fraction` of the peak.
+      warmup_steps: steps of linear growth from 0.
+      final_fraction: of the peak, reached at the last step of a cosine.
+      b1, b2, eps: of AdamW.
+      momentum: of Muon.
+      weight_decay: decoupled, on matrices and tables only; multiplied by the learning rate.
+      clip_norm: largest global norm of the gradients; 0 does not clip.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-4
+    adam_learning_rate: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    momentum: float = 0.95
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of a curriculum.
+
+    Attributes:
+      name: for the log; unique in the run.
+      steps: optimizer steps.
+      data: the samples.
+      batch: the shape of every batch.
+      optimizer: the update rule and its schedule over this stage's steps.
+      carry_optimizer: whether the optimizer's state comes from the stage before; else it is fresh.
+      trainable: "all", "mergers", or a regular expression found in the dotted names of the weights that learn.
+      loss: normalisation: "token" weighs supervised tokens alike, "sample" samples alike, "sqrt" a sample of N
+        supervised tokens by the square root of N (an interpretation of the Qwen3-VL report, section 3).
+      loss_chunk: tokens whose logits are held at a time.
+      remat: make activations again in the backward pass in place of keeping them.
+    """
+
+    name: str
+    steps: int
+    data: DataConfig = DataConfig()
+    batch: BatchShape = BatchShape()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    carry_optimizer: bool = False
+    trainable: str = "all"
+    loss: Literal["token", "sample", "sqrt"] = "sqrt"
+    loss_chunk: int = 1024
+    remat: bool = False
+
+    def __post_init__(self):
+        for field, least in (("steps", 1), ("loss_chunk", 1)):
+            if getattr(self, field) < least:
+                raise ConfigError(f"stage {self.name}: {field}={getattr(self, field)} must be at least {least}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; `fsdp=0` takes what the others leave."""
+
+    data: int = 1
+    fsdp: int = 0
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run: a model, and the stages that it goes through.
+
+    Attributes:
+      model: a shape, or the name or path of a pretrained model, whose weights are then the first.
+      stages: in order; each goes on with the weights of the one before.
+      processor: folder (or hub id) of tokenizer and preprocessor settings; None takes that of the pretrained model.
+      init: folder (or hub id) of the first weights, in place of `model`'s own or of random ones.
+      seed: of random weights and shuffles.
+      dtype: of activations.
+      param_dtype: of the weights and of the optimizer's state.
+      checkpoint_every: steps between checkpoints; one is also written at the end of each stage.
+      keep_checkpoints: how many of the latest stay.
+      mesh: the devices.
+    """
+
+    model: QwenVLConfig | str
+    stages: tuple[StageConfig, ...]
+    processor: str | None = None
+    init: str | None = None
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"stages must be at least one, each with a name of its own; got {names}.")
+        for field in ("checkpoint_every", "keep_checkpoints"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}={getattr(self, field)} must be at least 1.")
+        if self.processor is None and not isinstance(self.model, str) and self.init is None:
+            raise ConfigError("processor is not set; give the folder of a tokenizer and preprocessor settings.")
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+
+def flat(config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of nested dataclasses by its dotted name; entries of tuples of dataclasses by their number."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from flat(value, f"{name}.")
+        elif isinstance(value, tuple) and value and all(dataclasses.is_dataclass(item) for item in value):
+            for number, item in enumerate(value):
+                yield from flat(item, f"{name}.{number}.")
+        else:
+            yield name, value
+
+
+def fingerprint(config: TrainConfig) -> dict[str, str]:
+    """The settings that the numbers of a run follow from, by dotted name, as text.
+
+    Data sources are left out: where data lies changes nothing, and what it holds has a digest of its own.
+    """
+    skipped = RUNTIME_FIELDS | {"source", "checkpoint_every"}
+    return {name: repr(value) for name, value in flat(config) if name.rsplit(".", 1)[-1] not in skipped}

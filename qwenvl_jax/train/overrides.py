@@ -1,0 +1,113 @@
+"""Settings from the command line: `--seed 3 --stages.s1.optimizer.learning_rate 0.01 --steps 20`.
+
+A name is dotted; an entry of `stages` goes by its name or number; a stage's setting without that prefix is meant for
+every stage. Values are read by tyro, by the type of the setting.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import typing
+from collections.abc import Sequence
+
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.train.config import StageConfig, TrainConfig
+
+
+def apply_overrides(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
+    """Returns `config` with `--name value ...` or `--name=value` arguments applied, in order.
+
+    Raises:
+      ConfigError: an unknown name (with the nearest known one), a missing value, or one of the wrong type.
+    """
+    for name, values in _pairs(arguments):
+        paths = _targets(config, name)
+        for path in paths:
+            config = _replaced(config, path, values, name)
+    return config
+
+
+def _pairs(arguments: Sequence[str]):
+    """(name, values) of each `--name`; a value may begin with one dash (a negative number) but not with two."""
+    pairs: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            pairs.append((name.replace("-", "_"), [value] if equals else []))
+        elif pairs:
+            pairs[-1][1].append(argument)
+        else:
+            raise ConfigError(f"unexpected argument {argument!r}; settings are given as --name value.")
+    return pairs
+
+
+def _targets(config: TrainConfig, name: str) -> list[tuple[str, ...]]:
+    """The places that a name means: one, or one in each stage."""
+    known = {path: steps for steps in _paths(config) for path in _spellings(config, steps)}
+    if name in known:
+        return [known[name]]
+    everywhere = [
+        known[f"stages.{number}.{name}"] for number in range(len(config.stages)) if f"stages.{number}.{name}" in known
+    ]
+    if everywhere:
+        return everywhere
+    short = {path.split(".", 2)[2] for path in known if path.startswith("stages.")}
+    nearest = difflib.get_close_matches(name, [*known, *short], n=1, cutoff=0.0)
+    raise ConfigError(f"unknown setting --{name}; did you mean --{nearest[0]}?")
+
+
+def _paths(node, prefix: tuple[str, ...] = ()):
+    """The path of every single setting."""
+    if dataclasses.is_dataclass(node):
+        for field in dataclasses.fields(node):
+            yield from _paths(getattr(node, field.name), (*prefix, field.name))
+    elif isinstance(node, tuple) and node and all(isinstance(item, StageConfig) for item in node):
+        for number, item in enumerate(node):
+            yield from _paths(item, (*prefix, str(number)))
+    else:
+        yield prefix
+
+
+def _spellings(config: TrainConfig, path: tuple[str, ...]) -> list[str]:
+    if path[0] != "stages":
+        return [".".join(path)]
+    stage = config.stages[int(path[1])].name
+    return [".".join(path), ".".join(("stages", stage, *path[2:]))]
+
+
+def _replaced(node, path: tuple[str, ...], values: list[str], name: str):
+    """`node` with the setting at `path` read from `values`."""
+    head, *rest = path
+    if isinstance(node, tuple):
+        number = int(head)
+        return (*node[:number], _replaced(node[number], tuple(rest), values, name), *node[number + 1 :])
+    if rest:
+        return dataclasses.replace(node, **{head: _replaced(getattr(node, head), tuple(rest), values, name)})
+    annotation = typing.get_type_hints(type(node))[head]
+    return dataclasses.replace(node, **{head: _parsed(annotation, values, name)})
+
+
+def _parsed(annotation, values: list[str], name: str):
+    """The value of a setting of this type, read by tyro."""
+    import tyro
+
+    if annotation is typing.Any:
+        # A data source: a path, or several.
+        annotation = str if len(values) == 1 else tuple[str, ...]
+    elif dataclasses.is_dataclass(annotation) or dataclasses.is_dataclass(
+        next(iter(typing.get_args(annotation)), None)
+    ):
+        # The model: a shape in a config file, a name or path on the command line.
+        annotation = str
+    shown = " ".join(values)
+    if not values:
+        raise ConfigError(f"--{name} needs a value.")
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(errors), contextlib.redirect_stderr(errors):
+            return tyro.cli(annotation, args=values, prog=name, console_outputs=False)
+    except SystemExit as error:
+        kind = getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation)
+        kind = str(kind).replace("typing.", "")
+        raise ConfigError(f"--{name} {shown}: expected a value of type {kind}; give one.") from error

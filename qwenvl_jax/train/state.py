@@ -1,0 +1,128 @@
+"""The one split of a model into plain trees, and what a training step carries.
+
+From here on weights are a flat dictionary, dotted name to array, and everything is a pure function of it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwenvl_jax.config import QwenVLConfig
+from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax.models.qwenvl import QwenVL
+from qwenvl_jax.parallel.rules import param_shardings
+
+Params = dict[str, jax.Array]
+
+# Names that `StageConfig.trainable` may use in place of a regular expression.
+TRAINABLE = {"all": "", "mergers": r"^(merger|deepstack)\."}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightInfo:
+    """A weight without its values: shape, dtype, logical axes, number of input axes (0 if it is no projection)."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: tuple[str, ...]
+    inputs: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step takes and gives, donated.
+
+    Attributes:
+      step: i32[], steps done in the stage.
+      params: the weights that learn.
+      opt_state: the optimizer's.
+      rng: u32[2], the run's random key, advanced by every step for whatever draws in it.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    rng: jax.Array
+
+
+class ModelParts:
+    """A model as its structure and its weights by name; the only place where it is taken apart and put together.
+
+    Args:
+      config: the shape.
+      dtype, param_dtype: of activations and weights.
+      mesh: where weights live, by the rules of `qwenvl_jax.parallel.rules`.
+    """
+
+    def __init__(self, config: QwenVLConfig, *, dtype, param_dtype, mesh):
+        self.config = config
+        self._make = lambda key: QwenVL(config, rngs=nnx.Rngs(params=key), dtype=dtype, param_dtype=param_dtype)
+        self._graph, template = nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
+        leaves, self._tree = jax.tree.flatten(template)
+        variables = nnx.to_flat_state(template)
+        self.names = tuple(".".join(str(part) for part in path) for path, _ in variables)
+        assert len(leaves) == len(self.names), "each variable of the model is one array"
+        self.weights = {
+            name: WeightInfo(
+                leaf.shape, leaf.dtype, tuple(variable.get_metadata("axes")), variable.get_metadata().get("inputs", 0)
+            )
+            for name, leaf, (_, variable) in zip(self.names, leaves, variables, strict=True)
+        }
+        shardings = jax.tree.leaves(param_shardings(template, mesh))
+        self.shardings = dict(zip(self.names, shardings, strict=True))
+
+    def random(self, seed: int) -> Params:
+        """Weights drawn from `seed`, made where they live."""
+
+        def make(key):
+            return dict(zip(self.names, jax.tree.leaves(nnx.state(self._make(key))), strict=True))
+
+        return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed))
+
+    def split(self, model: QwenVL) -> Params:
+        """The weights of a model of this shape, by name, put where they live.
+
+        Raises:
+          CheckpointError: a model of another shape.
+        """
+        leaves = jax.tree.leaves(nnx.state(model))
+        for name, leaf in zip(self.names, leaves, strict=False):
+            if leaf.shape != self.weights[name].shape:
+                raise CheckpointError(
+                    f"{name} of the initial weights has shape {leaf.shape}, but the run's model has "
+                    f"{self.weights[name].shape}; give weights of a model of the same shape."
+                )
+        if len(leaves) != len(self.names):
+            raise CheckpointError("the initial weights are those of another model; give weights of the same shape.")
+        params = dict(zip(self.names, leaves, strict=True))
+        return {
+            name: jax.device_put(leaf.astype(self.weights[name].dtype), self.shardings[name])
+            for name, leaf in params.items()
+        }
+
+    def merge(self, params: Mapping[str, jax.Array]) -> QwenVL:
+        """The model with these weights, all of them."""
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, [params[name] for name in self.names]))
+
+    def select(self, trainable: str) -> tuple[str, ...]:
+        """Names of the weights that `trainable` picks: "all", "mergers", or a regular expression found in the name.
+
+        Raises:
+          ConfigError: it picks none, or is no regular expression.
+        """
+        try:
+            pattern = re.compile(TRAINABLE.get(trainable, trainable))
+        except re.error as error:
+            raise ConfigError(f"trainable={trainable!r} is no regular expression ({error}); correct it.") from error
+        names = tuple(name for name in self.names if pattern.search(name))
+        if not names:
+            raise ConfigError(
+                f"trainable={trainable!r} picks no weight; names look like {self.names[0]} and {self.names[-1]}."
+            )
+        return names
