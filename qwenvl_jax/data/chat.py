@@ -1,0 +1,287 @@
+"""Conversations: their form, the checkpoint's chat template, and which part of the rendered text is to be learnt.
+
+A chat template is a program out of a checkpoint, so it runs in jinja's sandbox and sees plain values only. What users
+write must not turn into control tokens: the special tokens in their text are taken apart before rendering by a
+character that occurs nowhere else, and put together again, as text, by the tokenizer side (`TextEncoder`).
+"""
+
+import dataclasses
+import datetime
+import difflib
+import functools
+import json
+import re
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+from tokenizers import Tokenizer
+
+from qwenvl_jax.errors import CheckpointError, ConversationError
+
+ROLES = ("system", "user", "assistant", "tool")
+PART_KEYS = {
+    "text": ("type", "text"),
+    "image": ("type", "image", "min_pixels", "max_pixels"),
+    "video": (
+        "type",
+        "video",
+        "fps",
+        "num_frames",
+        "min_frames",
+        "max_frames",
+        "min_pixels",
+        "max_pixels",
+    ),
+}
+MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
+
+
+def check_conversation(conversation: Any):
+    """Raises ConversationError unless this is a list of messages, each with a role and text or known parts.
+
+    The error names the message, and the part in it, by index from 0.
+    """
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ConversationError(
+            "a conversation must be a list of at least one message such as {'role': 'user', 'content': 'Hello'}, got "
+            f"{_show(conversation)}."
+        )
+    for m, message in enumerate(conversation):
+        where = f"message {m}"
+        if not isinstance(message, dict):
+            raise ConversationError(f"{where} must be a dict with 'role' and 'content', got {_show(message)}.")
+        _check_keys(message, MESSAGE_KEYS, where)
+        if message.get("role") not in ROLES:
+            raise ConversationError(
+                f"{where} must have a role out of {', '.join(ROLES)}, got {_show(message.get('role'))}."
+            )
+        content = message.get("content")
+        if isinstance(content, str) or (content is None and message.get("tool_calls")):
+            continue
+        if not isinstance(content, (list, tuple)):
+            raise ConversationError(
+                f"{where} must have content that is a str or a list of parts, got {_show(content)}."
+            )
+        for p, part in enumerate(content):
+            _check_part(part, message["role"], f"{where}, part {p}")
+
+
+def _check_part(part: Any, role: str, where: str):
+    """One part of a message's content."""
+    kinds = tuple(PART_KEYS)
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in kinds:
+        raise ConversationError(f"{where} must be a dict with a type out of {', '.join(kinds)}, got {_show(part)}.")
+    _check_keys(part, PART_KEYS[kind], f"{where} ({kind})")
+    if part.get(kind) is None:
+        raise ConversationError(f"{where} ({kind}) lacks its value; give it under the key '{kind}'.")
+    if kind == "text" and not isinstance(part["text"], str):
+        raise ConversationError(f"{where} must have a str under 'text', got {_show(part['text'])}.")
+    if kind != "text" and role not in ("user", "tool"):
+        raise ConversationError(
+            f"{where} is {kind} in a message of the {role}; only user and tool messages show media."
+        )
+    for key in PART_KEYS[kind][2:]:
+        value, whole = part.get(key), key != "fps"
+        number = isinstance(value, (int, np.integer) if whole else (int, float, np.number)) and value is not True
+        if value is not None and not (number and 0 < value < float("inf")):
+            raise ConversationError(
+                f"{where} must have a positive {'whole ' if whole else ''}number under '{key}', got {_show(value)}."
+            )
+    for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+        if part.get(low) is not None and part.get(high) is not None and part[low] > part[high]:
+            raise ConversationError(f"{where} has {low}={part[low]} above {high}={part[high]}; swap or drop one.")
+    if part.get("fps") is not None and part.get("num_frames") is not None:
+        raise ConversationError(f"{where} gives both fps and num_frames, which exclude each other; drop one.")
+
+
+def _check_keys(value: dict, known: tuple[str, ...], where: str):
+    """Refuses keys that nothing reads, guessing what was meant."""
+    for key in value:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known keys are {', '.join(known)}."
+            raise ConversationError(f"{where} has an unknown key {key!r}; {hint}")
+
+
+def _show(value: Any) -> str:
+    """A short form of a value for an error message."""
+    if isinstance(value, (str, int, float, bool, type(None), dict, list, tuple)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"a {type(value).__name__}"
+
+
+def parts_of(conversation: list[dict], kinds: tuple[str, ...]) -> list[tuple[str, dict]]:
+    """The parts of some kinds, in reading order, each with where it stands for error messages."""
+    found = []
+    for m, message in enumerate(conversation):
+        for p, part in enumerate(message["content"] if isinstance(message.get("content"), (list, tuple)) else ()):
+            if part["type"] in kinds:
+                found.append((f"message {m}, part {p}", part))
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> jinja2.Template:
+    """A chat template with the environment that templates on the hub are written for."""
+
+    def raise_exception(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise CheckpointError(
+            f"the chat template cannot be parsed (line {error.lineno}: {error.message}); download it again."
+        ) from error
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`, by which some templates mark the assistant's words; rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012, jinja reads a class attribute
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Drops the two marks and keeps what is between."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def render(template: str, conversation: list[dict], *, add_generation_prompt: bool, **values) -> str:
+    """The text of a conversation, media standing as the template's placeholders.
+
+    Args:
+      template: jinja source from the checkpoint.
+      conversation: as `check_conversation` wants it.
+      add_generation_prompt: whether the assistant's turn is opened at the end.
+      **values: further names the template may read, such as `tools`.
+
+    Raises:
+      CheckpointError: the template cannot be parsed.
+      ConversationError: the template refuses the conversation.
+    """
+    try:
+        return _compile(template).render(
+            messages=[_plain(message) for message in conversation],
+            add_generation_prompt=add_generation_prompt,
+            **values,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConversationError(f"the checkpoint's chat template refuses the conversation: {reason}") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON values only: a template sees that a picture is there, never the object."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else "(media)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Tokens of a text with the place of each in it.
+
+    Attributes:
+      ids: i32[n].
+      starts: i64[n], the character at which the token begins, in the text as encoded (with guards in place).
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+
+class TextEncoder:
+    """A tokenizer that tells control tokens of the template from the same letters in what users wrote.
+
+    Args:
+      tokenizer: with its special tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._as_text = Tokenizer.from_str(tokenizer.to_str())
+        self._as_text.encode_special_tokens = True
+        added = tokenizer.get_added_tokens_decoder().values()
+        special = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+
+    def __reduce__(self):
+        # A pickled tokenizer forgets `encode_special_tokens`.
+        return TextEncoder, (self._tokenizer,)
+
+    def guard_for(self, conversation: Any) -> str:
+        """A character that occurs nowhere in the conversation, to stand inside tokens that are meant as text."""
+        text = json.dumps(_plain(list(conversation)), ensure_ascii=False)
+        return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+
+    def protect(self, conversation: list[dict], guard: str) -> list[dict]:
+        """The conversation with every special token in its texts taken apart by `guard`."""
+
+        def walk(value):
+            if isinstance(value, str):
+                return self._special.sub(lambda found: found[0][0] + guard + found[0][1:], value)
+            if isinstance(value, dict):
+                return {k: v if k in ("role", "type", "image", "video") else walk(v) for k, v in value.items()}
+            return [walk(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+        return [walk(message) for message in conversation]
+
+    def encode(self, text: str, guard: str) -> Encoded:
+        """Tokens of a rendered text. Special tokens are themselves, those with a guard inside are plain text."""
+        if guard not in text:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            starts = np.asarray([start for start, _ in encoding.offsets], np.int64)
+            return Encoded(np.asarray(encoding.ids, np.int32), starts)
+        ids, starts, place = [], [], 0
+        pieces = re.split(f"({self._special.pattern})", text)  # plain text at even places, special tokens at odd ones
+        for k, piece in enumerate(pieces):
+            if k % 2:
+                ids.append(self._tokenizer.token_to_id(piece))
+                starts.append(place)
+            elif piece:
+                # Offsets are counted in the piece without guards, then moved past the guards that stood before them.
+                kept = np.flatnonzero([c != guard for c in piece])
+                encoding = self._as_text.encode(piece.replace(guard, ""), add_special_tokens=False)
+                ids.extend(encoding.ids)
+                starts.extend(int(place + kept[start]) for start, _ in encoding.offsets)
+            place += len(piece)
+        return Encoded(np.asarray(ids, np.int32), np.asarray(starts, np.int64))
+
+
+def learnt_spans(text: str, turn_start: str, turn_end: str) -> list[tuple[int, int]]:
+    """Character spans that the assistant says: from after `<|im_start|>assistant\\n` through `<|im_end|>\\n`.
+
+    The last turn may still be open (a generation prompt); nothing of it is learnt.
+
+    Reference: Qwen's public fine-tuning scripts, whose labels run from the second token after `assistant` through
+    `<|im_end|>` and the newline behind it.
+    """
+    spans, opening = [], f"{turn_start}assistant\n"
+    place = text.find(opening)
+    while place >= 0:
+        start = place + len(opening)
+        end = text.find(turn_end, start)
+        if end < 0:
+            break
+        end += len(turn_end)
+        spans.append((start, end + (text[end : end + 1] == "\n")))
+        place = text.find(opening, end)
+    return spans

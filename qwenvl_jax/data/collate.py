@@ -1,0 +1,238 @@
+"""From samples, already placed in rows, to a `Batch`: token rows, and the frames of each group laid in vision rows."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwenvl_jax.batch import Batch, VisionRows
+from qwenvl_jax.data.packing import lay_frames
+from qwenvl_jax.data.sample import Sample
+from qwenvl_jax.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """One frame of a group: which patches of which medium, and where they are to stand.
+
+    Attributes:
+      patches: u8[h*w, 3*tau*P*P].
+      size: (h, w) in patches.
+      item: number of the image or video in the group, from 1.
+    """
+
+    patches: np.ndarray
+    size: tuple[int, int]
+    item: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a frame stands in its group: bucket, row in it, first slot in the row, number in the row from 1."""
+
+    bucket: int
+    row: int
+    start: int
+    number: int
+
+
+def _place_frames(lengths: Sequence[int], shape: Sequence[tuple[int, int]]) -> list[_Place] | None:
+    """`lay_frames`, the planner's rule, with the frames of each row numbered from 1 as they stand."""
+    laid = lay_frames(lengths, tuple(shape))
+    if laid is None:
+        return None
+    places: list[_Place | None] = [None] * len(laid)
+    numbers: dict[tuple[int, int], int] = {}
+    for f in sorted(range(len(laid)), key=lambda f: laid[f]):
+        bucket, row, start = laid[f]
+        numbers[bucket, row] = numbers.get((bucket, row), 0) + 1
+        places[f] = _Place(bucket, row, start, numbers[bucket, row])
+    return places
+
+
+def choose_vision_shape(lengths_by_group: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """Buckets for frames of these lengths: frames between the same two powers of two share a bucket.
+
+    A row is as long as the longest frame of its bucket, so that frames of one size, as in a video, waste nothing.
+
+    Args:
+      lengths_by_group: patches of each frame, for each group.
+
+    Returns:
+      (rows, patches in a row) of each bucket, shortest first; empty where there are no frames.
+    """
+    buckets: dict[int, list[list[int]]] = {}
+    for g, lengths in enumerate(lengths_by_group):
+        for length in lengths:
+            key = max(4, (length - 1).bit_length())  # frames up to 16 patches are all alike
+            buckets.setdefault(key, [[] for _ in lengths_by_group])[g].append(length)
+    shape = []
+    for key in sorted(buckets):
+        longest = max(max(lengths, default=0) for lengths in buckets[key])
+        rows = 1
+        while any(_place_frames(lengths, [(rows, longest)]) is None for lengths in buckets[key]):
+            rows += 1
+        shape.append((rows, longest))
+    return tuple(shape)
+
+
+def collate(
+    rows: Sequence[Sequence[Sample]],
+    *,
+    pixel_table: np.ndarray,
+    pad_token_id: int,
+    length: int | None = None,
+    groups: int = 1,
+    vision_shape: tuple[tuple[int, int], ...] | None = None,
+    merge_size: int = 2,
+    patch_dim: int | None = None,
+) -> Batch:
+    """Makes a `Batch` of NumPy arrays.
+
+    Args:
+      rows: the samples of each row, in order; a row may be empty.
+      pixel_table: f32[3, 256], the normalised value of each byte.
+      pad_token_id: fills the rest of a row.
+      length: token slots in a row; the longest row without it.
+      groups: vision groups, dividing the number of rows.
+      vision_shape: (rows, patches in a row) of each bucket, for each group alike; chosen to fit without it.
+      merge_size: patches to the side of a merged token.
+      patch_dim: bytes in a patch; needed where `vision_shape` is given and no sample may have media.
+
+    Raises:
+      DataError: a row is longer than `length`, the rows do not divide into the groups, or frames do not fit the shape.
+    """
+    if not rows or len(rows) % groups:
+        raise DataError(f"{len(rows)} rows do not divide evenly into groups={groups}; change one of them.")
+    needed = max(sum(len(sample.tokens) for sample in row) for row in rows)
+    length = needed if length is None else length
+    if needed > length:
+        raise DataError(f"a row of {needed} tokens does not fit length={length}; raise it, or sample fewer frames.")
+    per_group = len(rows) // groups
+    frames_by_group = [_frames([s for row in rows[g * per_group :][:per_group] for s in row]) for g in range(groups)]
+    lengths = [[len(frame.patches) for frame in frames] for frames in frames_by_group]
+    shape = choose_vision_shape(lengths) if vision_shape is None else tuple(vision_shape)
+    _check_shape(shape, merge_size)
+    places = [_place_frames(one, shape) for one in lengths]
+    for g, one in enumerate(places):
+        if one is None:
+            raise DataError(
+                f"the {len(lengths[g])} frames of group {g} (longest {max(lengths[g])} patches, {sum(lengths[g])} in "
+                f"all) do not fit vision_shape={list(shape)} of (rows, patches); enlarge it or lower max_pixels."
+            )
+    vision = _vision_rows(frames_by_group, places, shape, pixel_table, merge_size, patch_dim)
+    return _token_rows(rows, places, lengths, shape, length, pad_token_id, merge_size, vision)
+
+
+def _check_shape(shape: tuple[tuple[int, int], ...], merge_size: int):
+    """Rows must hold whole merged tokens."""
+    for rows, patches in shape:
+        if rows < 1 or patches < 1 or patches % merge_size**2:
+            raise DataError(
+                f"vision_shape={list(shape)} must hold pairs (rows, patches) with patches a multiple of "
+                f"{merge_size**2}, got ({rows}, {patches})."
+            )
+
+
+def _frames(samples: list[Sample]) -> list[_Frame]:
+    """The frames of a group in reading order."""
+    frames, item = [], 0
+    for sample in samples:
+        for medium in sample.media:
+            item += 1
+            t, h, w = medium.grid
+            frames += [_Frame(medium.patches[i * h * w :][: h * w], (h, w), item) for i in range(t)]
+    return frames
+
+
+def _merge_order(h: int, w: int, m: int) -> np.ndarray:
+    """i32[h*w, 2]: row and column of each patch of a frame, patches in merge order."""
+    rows_columns = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing="ij"), axis=-1)
+    return rows_columns.reshape(h // m, m, w // m, m, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2).astype(np.int32)
+
+
+def _vision_rows(
+    frames_by_group: list[list[_Frame]],
+    places: list[list[_Place]],
+    shape: tuple[tuple[int, int], ...],
+    pixel_table: np.ndarray,
+    merge_size: int,
+    patch_dim: int | None,
+) -> tuple[VisionRows, ...]:
+    """Fills the buckets."""
+    groups = len(frames_by_group)
+    width = next((f.patches.shape[1] for frames in frames_by_group for f in frames), patch_dim)
+    if shape and width is None:
+        raise DataError("a batch of text alone with a vision_shape needs patch_dim, the bytes in a patch.")
+    buckets = [
+        {
+            "patches": np.zeros((groups, rows, slots, width), np.uint8),
+            "coords": np.zeros((groups, rows, slots, 2), np.int32),
+            "sizes": np.ones((groups, rows, slots, 2), np.int32),
+            "segment_ids": np.zeros((groups, rows, slots), np.int32),
+            "items": np.zeros((groups, rows, slots), np.int32),
+        }
+        for rows, slots in shape
+    ]
+    for g, frames in enumerate(frames_by_group):
+        for frame, place in zip(frames, places[g], strict=True):
+            h, w = frame.size
+            at = (g, place.row, slice(place.start, place.start + h * w))
+            bucket = buckets[place.bucket]
+            bucket["patches"][at] = frame.patches
+            bucket["coords"][at] = _merge_order(h, w, merge_size)
+            bucket["sizes"][at] = (h, w)
+            bucket["segment_ids"][at] = place.number
+            bucket["items"][at] = frame.item
+    table = np.repeat(np.asarray(pixel_table, np.float32)[None], groups, axis=0)
+    return tuple(VisionRows(**bucket, pixel_table=table) for bucket in buckets)
+
+
+def _token_rows(rows, places, lengths, shape, length, pad_token_id, merge_size, vision) -> Batch:
+    """Lays the samples of each row side by side and points their vision tokens at the merged tokens of the group."""
+    axes = next((s.positions.shape[1] for row in rows for s in row), 3)
+    tokens_BT = np.full((len(rows), length), pad_token_id, np.int32)
+    positions_BTA = np.zeros((len(rows), length, axes), np.int32)
+    segments_BT = np.zeros((len(rows), length), np.int32)
+    targets_BT = np.full((len(rows), length), pad_token_id, np.int32)
+    weights_BT = np.zeros((len(rows), length), np.float32)
+    index_BT = np.full((len(rows), length), -1, np.int32)
+    per_group = len(rows) // len(places)
+    for g, group_places in enumerate(places):
+        merged_M = _merged_index(group_places, lengths[g], shape, merge_size)
+        used = 0  # merged tokens of the group's samples before this one
+        for b in range(g * per_group, (g + 1) * per_group):
+            start = 0
+            for number, sample in enumerate(rows[b], 1):
+                at = (b, slice(start, start + len(sample.tokens)))
+                tokens_BT[at] = sample.tokens
+                positions_BTA[at] = sample.positions
+                segments_BT[at] = number
+                targets_BT[at] = sample.targets
+                weights_BT[at] = sample.loss_weights
+                seen = sample.vision_index >= 0
+                index_BT[at][seen] = merged_M[used + sample.vision_index[seen]]
+                used += sum(len(medium.patches) for medium in sample.media) // merge_size**2
+                start += len(sample.tokens)
+    return Batch(
+        tokens=tokens_BT,
+        positions=positions_BTA,
+        segment_ids=segments_BT,
+        targets=targets_BT,
+        loss_weights=weights_BT,
+        vision_index=index_BT,
+        vision=vision,
+    )
+
+
+def _merged_index(
+    places: list[_Place], lengths: list[int], shape: tuple[tuple[int, int], ...], merge_size: int
+) -> np.ndarray:
+    """i32[M]: for each merged token of the group in reading order, its number among the slots of the vision rows."""
+    before = np.cumsum([0] + [rows * slots for rows, slots in shape])  # patch slots of the buckets before
+    pieces = [
+        (before[place.bucket] + place.row * shape[place.bucket][1] + place.start) // merge_size**2
+        + np.arange(length // merge_size**2)
+        for place, length in zip(places, lengths, strict=True)
+    ]
+    return np.concatenate([np.empty(0, np.int64), *pieces]).astype(np.int32)
