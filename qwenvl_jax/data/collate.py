@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from qwenvl_jax.batch import Batch, VisionRows
-from qwenvl_jax.data.packing import lay_frames
 from qwenvl_jax.data.sample import Sample
 from qwenvl_jax.errors import DataError
 
@@ -27,7 +26,7 @@ class _Frame:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a frame stands in its group: bucket, row in it, first slot in the row, number in the row from 1."""
 
     bucket: int
@@ -36,17 +35,36 @@ class _Place:
     number: int
 
 
-def _place_frames(lengths: Sequence[int], shape: Sequence[tuple[int, int]]) -> list[_Place] | None:
-    """`lay_frames`, the planner's rule, with the frames of each row numbered from 1 as they stand."""
-    laid = lay_frames(lengths, tuple(shape))
-    if laid is None:
-        return None
-    places: list[_Place | None] = [None] * len(laid)
-    numbers: dict[tuple[int, int], int] = {}
-    for f in sorted(range(len(laid)), key=lambda f: laid[f]):
-        bucket, row, start = laid[f]
-        numbers[bucket, row] = numbers.get((bucket, row), 0) + 1
-        places[f] = _Place(bucket, row, start, numbers[bucket, row])
+def place_frames(lengths: Sequence[int], shape: Sequence[tuple[int, int]]) -> list[Place] | None:
+    """Lays frames whole into the vision rows of one group.
+
+    Longest first, each into the fullest row that still holds it, of the shortest rows that can; so whether they fit
+    depends on how many frames of each length there are, not on their order. The planner counts by the same rule
+    (`packing.frames_fit`).
+
+    Args:
+      lengths: patches of each frame, in reading order.
+      shape: (rows, patches in a row) of each bucket.
+
+    Returns:
+      The place of each frame, in the order of `lengths`, or None where they do not all fit.
+    """
+    free = [[length] * rows for rows, length in shape]
+    numbers = [[0] * rows for rows, _ in shape]
+    buckets = sorted(range(len(shape)), key=lambda b: shape[b][1])
+    places: list[Place | None] = [None] * len(lengths)
+    for f in sorted(range(len(lengths)), key=lambda f: -lengths[f]):  # stable: equal frames keep reading order
+        for b in buckets:
+            fitting = [r for r, left in enumerate(free[b]) if left >= lengths[f]]
+            if fitting:
+                r = min(fitting, key=lambda r: (free[b][r], r))
+                start = shape[b][1] - free[b][r]
+                free[b][r] -= lengths[f]
+                numbers[b][r] += 1
+                places[f] = Place(b, r, start, numbers[b][r])
+                break
+        else:
+            return None
     return places
 
 
@@ -70,7 +88,7 @@ def choose_vision_shape(lengths_by_group: Sequence[Sequence[int]]) -> tuple[tupl
     for key in sorted(buckets):
         longest = max(max(lengths, default=0) for lengths in buckets[key])
         rows = 1
-        while any(_place_frames(lengths, [(rows, longest)]) is None for lengths in buckets[key]):
+        while any(place_frames(lengths, [(rows, longest)]) is None for lengths in buckets[key]):
             rows += 1
         shape.append((rows, longest))
     return tuple(shape)
@@ -113,7 +131,7 @@ def collate(
     lengths = [[len(frame.patches) for frame in frames] for frames in frames_by_group]
     shape = choose_vision_shape(lengths) if vision_shape is None else tuple(vision_shape)
     _check_shape(shape, merge_size)
-    places = [_place_frames(one, shape) for one in lengths]
+    places = [place_frames(one, shape) for one in lengths]
     for g, one in enumerate(places):
         if one is None:
             raise DataError(
@@ -153,7 +171,7 @@ def _merge_order(h: int, w: int, m: int) -> np.ndarray:
 
 def _vision_rows(
     frames_by_group: list[list[_Frame]],
-    places: list[list[_Place]],
+    places: list[list[Place]],
     shape: tuple[tuple[int, int], ...],
     pixel_table: np.ndarray,
     merge_size: int,
@@ -226,7 +244,7 @@ def _token_rows(rows, places, lengths, shape, length, pad_token_id, merge_size, 
 
 
 def _merged_index(
-    places: list[_Place], lengths: list[int], shape: tuple[tuple[int, int], ...], merge_size: int
+    places: list[Place], lengths: list[int], shape: tuple[tuple[int, int], ...], merge_size: int
 ) -> np.ndarray:
     """i32[M]: for each merged token of the group in reading order, its number among the slots of the vision rows."""
     before = np.cumsum([0] + [rows * slots for rows, slots in shape])  # patch slots of the buckets before
