@@ -41,7 +41,7 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
 
 
 def _download(hub_id: str, patterns: tuple[str, ...]) -> Path:
-    """Downloads the files of a hub id that match `patterns`, or finds them in the cache when the hub is out of reach."""
+    """Downloads the files of a hub id that match `patterns`; out of the hub's reach, finds them in the cache."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

@@ -19,6 +19,8 @@ from qwenvl_jax.config import QwenVLConfig
 
 VISION = "model.visual."
 TEXT = "model.language_model."
+EMBEDDING = f"{TEXT}embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _text_entries(config: QwenVLConfig) -> Iterable[Entry]:
     t = config.text
     H, F, V, Y, E = t.hidden_size, t.intermediate_size, t.vocab_size, t.num_hidden_layers, t.head_dim
     heads, kv_heads = (t.num_attention_heads, E), (t.num_key_value_heads, E)
-    yield _same(f"{TEXT}embed_tokens.weight", "text.embed.table", V, H)
+    yield _same(EMBEDDING, "text.embed.table", V, H)
     layer, path = f"{TEXT}layers.{{}}.", "text.layers."
     yield _same(f"{layer}input_layernorm.weight", f"{path}input_norm.scale", H, layers=Y)
     for name, out in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
@@ -135,7 +137,7 @@ def _text_entries(config: QwenVLConfig) -> Iterable[Entry]:
         yield _linear(f"{layer}mlp.{name}_proj.weight", f"{path}mlp.{name}.kernel", (out,), (inp,), Y)
     yield _same(f"{TEXT}norm.weight", "text.norm.scale", H)
     if not t.tie_word_embeddings:
-        yield _linear("lm_head.weight", "text.head.kernel", (V,), (H,))
+        yield _linear(HEAD, "text.head.kernel", (V,), (H,))
 
 
 def parameter_count(config: QwenVLConfig) -> tuple[int, int]:
@@ -151,13 +153,13 @@ _OLD_PREFIXES = (
 _BUFFER = re.compile(r"(^|\.)rotary_(pos_)?emb\.(original_)?inv_freq$")
 
 
-def current_name(stored: str, config: QwenVLConfig) -> str | None:
-    """The name that a stored tensor bears in the table, or None for one that is to be ignored.
+def current_name(stored: str) -> str | None:
+    """The name of today's layout for a stored tensor, or None for one that is to be ignored.
 
     Prefixes of earlier releases are taken for what they meant. Ignored are buffers of rotary frequencies, which follow
-    from the configuration, and the output projection of a tied model, which is the embedding's copy.
+    from the configuration.
     """
-    if _BUFFER.search(stored) or (stored == "lm_head.weight" and config.text.tie_word_embeddings):
+    if _BUFFER.search(stored):
         return None
     for pattern, prefix in _OLD_PREFIXES:
         renamed, count = pattern.subn(prefix, stored)

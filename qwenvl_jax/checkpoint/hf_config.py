@@ -57,14 +57,15 @@ _NEUTRAL = {
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "id2label", "label2id",
     "num_labels", "problem_type", "chunk_size_feed_forward", "tie_encoder_decoder", "cross_attention_hidden_size",
     "is_decoder", "add_cross_attention", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix",
-    "pruned_heads", "prune_heads", "use_bfloat16", "tf_legacy_loss", "remove_invalid_values", "exponential_decay_length_penalty",
+    "pruned_heads", "prune_heads", "use_bfloat16", "tf_legacy_loss", "remove_invalid_values",
+    "exponential_decay_length_penalty",
     "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
     "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate",
     "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "sliding_window",
     "max_window_layers", "vision_token_id", "base_model_tp_plan",
 }  # fmt: skip
-# `sliding_window` and `max_window_layers` act only where `use_sliding_window` or `layer_types` say so; those are checked.
+# (`sliding_window` and `max_window_layers` act only through `use_sliding_window` and `layer_types`, which are checked.)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -291,7 +292,8 @@ def config_to_json(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
     rope = config.text.rope
     if not rope.mrope_interleaved:
         raise CheckpointError(
-            f"{config.model_type} is interleaved in the public layout; text.rope.mrope_interleaved=False cannot be written."
+            f"text.rope.mrope_interleaved=False cannot be written: {config.model_type} is always interleaved in the public "
+            "layout."
         )
     text = {field.name: getattr(config.text, field.name) for field in dataclasses.fields(TextConfig)}
     tied = text.pop("tie_word_embeddings")

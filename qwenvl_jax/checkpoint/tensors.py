@@ -1,4 +1,4 @@
-"""Tensors in files: reading a folder of safetensors with every fault named, writing one so that none is ever half there.
+"""Tensors in files: reading a folder of safetensors with every fault named, writing one all or nothing.
 
 Only safetensors are opened. Files of pickled objects run code when they are read, and are refused.
 """
@@ -155,7 +155,7 @@ def match(
       folder: named in errors.
 
     Returns:
-      The stored name by the name in the table.
+      The stored name by the name in the table. A tied model may store its embedding as the head, alone or too.
 
     Raises:
       CheckpointError: tensors are missing, unexpected, misshaped or not of floating point; all of them in one line.
@@ -164,9 +164,13 @@ def match(
     stored: dict[str, str] = {}
     unexpected, faulty = [], []
     for name, (_, dtype, shape) in sorted(headers.items()):
-        current = hf.current_name(name, config)
+        current = hf.current_name(name)
         if current is None:
             continue
+        if current == hf.HEAD and config.text.tie_word_embeddings:
+            current = hf.EMBEDDING
+            if any(hf.current_name(other) == current for other in headers):
+                continue
         if current not in wanted or current in stored:
             unexpected.append(name)
             continue

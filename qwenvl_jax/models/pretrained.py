@@ -41,6 +41,7 @@ def load(path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None)
     config = hf_config.read_config(folder)
     files = tensors.TensorFiles(folder)
     stored = tensors.match(files.headers, config, folder)
+    _check_tied(files, stored, config)
     graph, state = abstract(config, dtype)
     table = {entry.path: entry for entry in hf.tensor_table(config)}
     shardings = dict(nnx.to_flat_state(param_shardings(state, mesh or single_device_mesh())))
@@ -50,6 +51,17 @@ def load(path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None)
         read = [lambda name=name: files.read(stored[name]) for name in entry.names()]
         weights.append((key, variable.replace(_place(entry, read, dtype, shardings[key].get_value()))))
     return nnx.merge(graph, nnx.from_flat_state(weights))
+
+
+def _check_tied(files: tensors.TensorFiles, stored: dict[str, str], config: QwenVLConfig) -> None:
+    """Refuses a tied model that brings an output projection of its own."""
+    if not config.text.tie_word_embeddings or hf.HEAD not in files.headers:
+        return
+    if not np.array_equal(files.read(hf.HEAD), files.read(stored[hf.EMBEDDING])):
+        raise CheckpointError(
+            f"{files.folder}: config.json says tie_word_embeddings, but {hf.HEAD} differs from {stored[hf.EMBEDDING]}; "
+            "set tie_word_embeddings to false, or remove the head."
+        )
 
 
 def abstract(config: QwenVLConfig, dtype) -> tuple[nnx.GraphDef, nnx.State]:

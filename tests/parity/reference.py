@@ -1,7 +1,8 @@
 """The reference implementation, transformers 5.23.0, and makers of tiny random checkpoints in its layout.
 
-Importing this module imports torch and transformers. Some torch builds cannot load torchvision's compiled operators; the
-two that torchvision registers shapes for are then declared here without kernels, since nothing in Qwen-VL calls them.
+Importing this module imports torch and transformers. Some torch builds cannot load torchvision's compiled operators;
+the two that torchvision registers shapes for are then declared here without kernels, since nothing in Qwen-VL calls
+them.
 """
 
 import sys
