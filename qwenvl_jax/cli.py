@@ -1,0 +1,162 @@
+"""The command line: parsers, and the one place where errors become a line and an exit status. The work is done below.
+
+Exit status: 0 done; 2 a mistake in the arguments, a file or the surroundings, told in one line on standard error; 130
+interrupted. Anything else is a defect of this package and shows its traceback.
+"""
+
+import argparse
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from qwenvl_jax import __version__
+from qwenvl_jax.errors import QwenVLError
+
+PROG = "qwenvl-jax"
+
+# What an operating system refuses because of where the user pointed us, not because of how we asked.
+_SURROUNDINGS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+
+
+class _UsageError(QwenVLError):
+    """Arguments that the parser refuses."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises its errors instead of printing its usage, and takes no abbreviated options."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise _UsageError(f"{message}; see `{self.prog} --help`.")
+
+    def options(self) -> list[str]:
+        """Every option this parser knows, such as "--seed"."""
+        return [option for action in self._actions for option in action.option_strings]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: without the program's name; those of this process by default.
+
+    Returns:
+      The exit status.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        _dispatch(arguments)
+    except QwenVLError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output has gone, as in `qwenvl-jax chat ... | head`. Python would complain once more
+            # when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        if error.errno in _SURROUNDINGS and error.filename is not None:
+            return _fail(f"{error.filename}: {error.strerror}; choose a place that can be written, or make room.")
+        raise
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _dispatch(arguments: list[str]) -> None:
+    """Parses, and calls the function of the command."""
+    parser, commands = _parsers()
+    if not arguments:
+        parser.print_help()
+        return
+    if not arguments[0].startswith("-") and arguments[0] not in commands:
+        raise _UsageError(_unknown("command", arguments[0], commands) + f"; see `{PROG} --help`.")
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "train":
+        options.overrides = rest
+    elif rest:
+        known = commands[options.command].options()
+        odd = next((argument for argument in rest if argument.startswith("-")), rest[0])
+        raise _UsageError(_unknown("argument", odd, known) + f"; see `{PROG} {options.command} --help`.")
+    options.work(options)
+
+
+def _unknown(kind: str, name: str, known) -> str:
+    near = difflib.get_close_matches(name.partition("=")[0], known, n=1)
+    return f"unknown {kind} {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}")
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser, and that of each command by its name."""
+    parser = _Parser(
+        prog=PROG,
+        description="Qwen-VL in JAX: from video files to a trained model and its answers.",
+        epilog=f"`{PROG} COMMAND --help` tells more about each.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_chat(commands)
+    return parser, commands.choices
+
+
+def _add_chat(commands) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="one answer about images and videos, written as it comes",
+        description="Asks a model one question about images and videos, and writes its answer as it comes.",
+        epilog=f"""examples:
+  {PROG} chat Qwen/Qwen3-VL-4B-Instruct --video clip.mp4 "When does the door open?"
+  {PROG} chat ./my-model --image a.png --image b.png "What changed between the two?"
+
+Images stand before videos, each in the order given, and the question after them.""",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder in the Hugging Face layout, or a hub id (owner/name)")
+    parser.add_argument("question", metavar="QUESTION", help="the text of the question")
+    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="may be repeated")
+    parser.add_argument("--video", metavar="FILE", action="append", default=[], help="may be repeated")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", metavar="X", type=float, default=0.0, help="0 takes the likeliest token (default)"
+    )
+    parser.add_argument("--top-p", metavar="X", type=float, help="draw among the tokens that reach this probability")
+    parser.add_argument("--top-k", metavar="N", type=int, help="draw among this many tokens")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws; default: %(default)s")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of weights and activations; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dialect",
+        choices=("official", "transformers"),
+        help="the form of positions and placeholders; default: what the model was trained with",
+    )
+    parser.set_defaults(work=_chat)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from qwenvl_jax.generate import chat
+
+    chat(
+        options.model,
+        options.question,
+        images=options.image,
+        videos=options.video,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        dtype=options.dtype,
+        dialect=options.dialect,
+    )
