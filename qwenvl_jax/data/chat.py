@@ -150,7 +150,7 @@ def _compile(source: str) -> jinja2.Template:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`, by which some templates mark the assistant's words; rendered as it is."""
+    """`{% generation %}...{% endgeneration %}`, by which templates mark the assistant's words; rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012, jinja reads a class attribute
 

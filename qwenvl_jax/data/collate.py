@@ -87,7 +87,8 @@ def choose_vision_shape(lengths_by_group: Sequence[Sequence[int]]) -> tuple[tupl
     shape = []
     for key in sorted(buckets):
         longest = max(max(lengths, default=0) for lengths in buckets[key])
-        rows = 1
+        # Of frames longer than half a row each needs a row; beyond that bound it takes few tries.
+        rows = max(sum(2 * length > longest for length in lengths) for lengths in buckets[key])
         while any(place_frames(lengths, [(rows, longest)]) is None for lengths in buckets[key]):
             rows += 1
         shape.append((rows, longest))

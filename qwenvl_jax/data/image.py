@@ -4,8 +4,10 @@ Sizes are chosen by the rule of Qwen's `smart_resize`; pixels are resampled by t
 antialiased bicubic kernel on bytes. Patches stay bytes: the model normalises them through `pixel_table`.
 """
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +20,77 @@ MAX_SIDE_RATIO = 200
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "ICO")
 
 
-def open_image(source) -> PIL.Image.Image | np.ndarray:
-    """An image as a user gives it, opened but not yet decoded: its size is known, its pixels need not be.
+def image_size(source) -> tuple[int, int]:
+    """(height, width) in pixels, without decoding them.
 
     Args:
-      source: path, `PIL.Image.Image`, or u8[H, W, 3].
+      source: path, `PIL.Image.Image`, or u8[H, W, 3] in RGB.
 
     Raises:
       MediaError: nothing there, not an image, or an array of another shape or dtype.
     """
+    with _opened(source) as image:
+        return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+
+
+def read_image(source) -> np.ndarray:
+    """u8[H, W, 3] of an image; transparency is laid on white, as transformers 5.23 does.
+
+    Args:
+      source: path, `PIL.Image.Image`, or u8[H, W, 3] in RGB.
+
+    Raises:
+      MediaError: as `image_size`, or the pixels cannot be decoded.
+    """
+    with _opened(source) as image:
+        if isinstance(image, np.ndarray):
+            return image
+        try:
+            if "A" in image.getbands() or image.info.get("transparency") is not None:
+                image = image.convert("RGBA")
+                image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+            return np.array(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            name = f"image {source}" if isinstance(source, (str, Path)) else "an image"
+            raise MediaError(
+                f"{name} is damaged: its pixels cannot be decoded ({first_line(error)}); make or copy it again."
+            ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def _opened(source) -> Iterator[PIL.Image.Image | np.ndarray]:
+    """An image as a user gives it; its size is known, its pixels need not be decoded yet. Files get closed."""
     if isinstance(source, PIL.Image.Image):
-        return source
-    if isinstance(source, np.ndarray):
+        yield source
+    elif isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
             raise MediaError(
                 f"an image array must be uint8[height, width, 3] in RGB, got {source.dtype}{list(source.shape)}; "
                 "convert it, or give a PIL.Image."
             )
-        return source
-    if not isinstance(source, (str, Path)):
+        yield source
+    elif isinstance(source, (str, Path)):
+        path = check_file(source, "image")
+        try:
+            file = PIL.Image.open(path, formats=_FORMATS)
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            said = "it is no PNG, JPEG, WebP, GIF, BMP or TIFF" if _is_unknown(error) else first_line(error)
+            raise MediaError(f"image {path} cannot be read as an image ({said}); give a PNG or JPEG.") from error
+        with file:
+            yield file
+    else:
         raise MediaError(
             f"an image must be a path, a PIL.Image or a uint8[height, width, 3] array, got {type(source).__name__}."
         )
-    path = check_file(source, "image")
-    try:
-        return PIL.Image.open(path, formats=_FORMATS)
-    except (OSError, PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError, ValueError) as error:
-        raise MediaError(f"image {path} cannot be read as an image ({_reason(error)}); give a PNG or JPEG.") from error
+
+
+def _is_unknown(error: Exception) -> bool:
+    return isinstance(error, PIL.UnidentifiedImageError)
 
 
 def check_file(source: str | Path, kind: str) -> Path:
@@ -64,37 +110,8 @@ def check_file(source: str | Path, kind: str) -> Path:
         if not path.is_file():
             raise MediaError(f"{kind} {path} is not a regular file; copy it to one.")
     except (OSError, ValueError) as error:
-        raise MediaError(f"{kind} {str(path)!r} cannot be opened ({_reason(error)}); check the path.") from error
+        raise MediaError(f"{kind} {str(path)!r} cannot be opened ({first_line(error)}); check the path.") from error
     return path
-
-
-def size_of(image: PIL.Image.Image | np.ndarray) -> tuple[int, int]:
-    """(height, width) in pixels."""
-    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
-
-
-def to_rgb(image: PIL.Image.Image | np.ndarray, name: str = "image") -> np.ndarray:
-    """u8[H, W, 3] of an opened image; transparency is laid on white, as transformers 5.23 does.
-
-    Raises:
-      MediaError: the pixels cannot be decoded, naming `name`.
-    """
-    if isinstance(image, np.ndarray):
-        return image
-    try:
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise MediaError(
-            f"{name} is damaged: its pixels cannot be decoded ({_reason(error)}); make or copy it again."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an exception's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -7,59 +7,22 @@ Everything a model was trained with (token ids, template, sizes, normalisation) 
 """
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from qwenvl_jax.batch import Batch
 from qwenvl_jax.checkpoint.folder import resolve
 from qwenvl_jax.data import chat, image, positions, sampling, video
 from qwenvl_jax.data.collate import collate
 from qwenvl_jax.data.sample import Media, Sample
+from qwenvl_jax.data.settings import MediaConfig, Settings, media_config
 from qwenvl_jax.errors import CheckpointError, ConversationError, MediaError
 
-DIALECTS = ("official", "transformers")
-DIALECT_FILE = "qwenvl_jax.json"
-
-_MARKS = {
-    "image": "<|image_pad|>",
-    "video": "<|video_pad|>",
-    "vision_start": "<|vision_start|>",
-    "vision_end": "<|vision_end|>",
-    "turn_start": "<|im_start|>",
-    "turn_end": "<|im_end|>",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class MediaConfig:
-    """How images, or videos, are sized and cut; from `preprocessor_config.json` or `video_preprocessor_config.json`.
-
-    Attributes:
-      min_pixels, max_pixels: bounds of the area of an image, or of frames * area of a video.
-      patch_size, temporal_patch_size, merge_size: see `qwenvl_jax.data.image.patchify`.
-      fps, min_frames, max_frames: the sampling of videos.
-      max_pixels_per_frame: cap on one frame of a video where `cap_pixels_per_frame` is on, else None.
-    """
-
-    min_pixels: int
-    max_pixels: int
-    patch_size: int = 16
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    fps: float = 2.0
-    min_frames: int = 4
-    max_frames: int = 768
-    max_pixels_per_frame: int | None = None
-
-    @property
-    def factor(self) -> int:
-        """Pixels to the side of a merged token."""
-        return self.patch_size * self.merge_size
+_IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+_VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
+_TURN_START, _TURN_END = "<|im_start|>", "<|im_end|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,46 +64,32 @@ class Processor:
       patch_dim: bytes in a patch.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        chat_template: str,
-        *,
-        tokenizer_config: dict[str, Any],
-        image_config: dict[str, Any],
-        video_config: dict[str, Any],
-        dialect: str = "official",
-    ):
+    def __init__(self, settings: Settings):
         """Builds a processor from the contents of a folder's files; see `from_pretrained`."""
-        if dialect not in DIALECTS:
-            raise ConversationError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}.")
-        self.tokenizer, self.chat_template, self.dialect = tokenizer, chat_template, dialect
-        self._files = {
-            "tokenizer_config.json": tokenizer_config,
-            "preprocessor_config.json": image_config,
-            "video_preprocessor_config.json": video_config,
-        }
-        self.image, self.pixel_table = _media_config(image_config, "preprocessor_config.json")
-        self.video, video_table = _media_config(video_config, "video_preprocessor_config.json", video=True)
-        if not np.array_equal(self.pixel_table, video_table) or self.image.factor != self.video.factor:
+        self._settings = settings
+        self.tokenizer, self.dialect = settings.tokenizer, settings.dialect
+        self.image, self.pixel_table = media_config(settings.image_config, "preprocessor_config.json")
+        self.video, video_table = media_config(settings.video_config, "video_preprocessor_config.json", video=True)
+        if not np.array_equal(self.pixel_table, video_table) or self.image.cutting != self.video.cutting:
             raise CheckpointError(
-                "preprocessor_config.json and video_preprocessor_config.json must agree on patch_size, merge_size, "
-                "image_mean and image_std; copy both from one model."
+                "preprocessor_config.json and video_preprocessor_config.json must agree on patch_size, "
+                "temporal_patch_size, merge_size, image_mean and image_std; copy both from one model."
             )
-        self._encoder = chat.TextEncoder(tokenizer)
-        self._ids = {name: self._id_of(mark) for name, mark in _MARKS.items()}
-        self.image_token_id, self.video_token_id = self._ids["image"], self._ids["video"]
-        self.vision_start_token_id, self.vision_end_token_id = self._ids["vision_start"], self._ids["vision_end"]
-        self.pad_token_id = self._id_of(_content(tokenizer_config.get("pad_token")) or "<|endoftext|>")
-        self.eos_token_id = self._id_of(_content(tokenizer_config.get("eos_token")) or _MARKS["turn_end"])
+        self._encoder = chat.TextEncoder(settings.tokenizer)
+        self.image_token_id = settings.token_id(_IMAGE_PAD)
+        self.video_token_id = settings.token_id(_VIDEO_PAD)
+        self.vision_start_token_id = settings.token_id(_VISION_START)
+        self.vision_end_token_id = settings.token_id(_VISION_END)
+        self.pad_token_id = settings.token_id(settings.named_token("pad_token", "<|endoftext|>"))
+        self.eos_token_id = settings.token_id(settings.named_token("eos_token", _TURN_END))
         self.merge_size = self.image.merge_size
         self.patch_dim = 3 * self.image.temporal_patch_size * self.image.patch_size**2
-
-    def _id_of(self, token: str) -> int:
-        found = self.tokenizer.token_to_id(token)
-        if found is None:
-            raise CheckpointError(f"tokenizer.json has no token {token}; is it the tokenizer of a Qwen-VL model?")
-        return found
+        for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+            wanted, found = settings.model_config.get(key), getattr(self, key)
+            if wanted is not None and wanted != found:
+                raise CheckpointError(
+                    f"config.json says {key}={wanted}, but the tokenizer has {found}; take both files from one model."
+                )
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dialect: str | None = None) -> "Processor":
@@ -151,62 +100,20 @@ class Processor:
           dialect: "official" or "transformers"; without it, what `qwenvl_jax.json` in the folder says, else "official".
 
         Raises:
-          CheckpointError: a file is missing or damaged, or the tokenizer lacks Qwen-VL's marks.
+          CheckpointError: a file is missing or damaged, the files do not go together, or the tokenizer lacks Qwen-VL's
+            marks.
+          ConfigError: a dialect that does not exist.
         """
         folder = resolve(path, weights=False)
-        name = folder / "tokenizer.json"
-        if not name.is_file():
-            raise CheckpointError(
-                f"{folder} has no tokenizer.json; copy it from the model, or download the model again."
-            )
+        settings = Settings.read(folder, dialect)
         try:
-            tokenizer = Tokenizer.from_file(str(name))
-        except Exception as error:  # tokenizers raises bare Exception for every failure
-            raise CheckpointError(
-                f"{name} cannot be read as a tokenizer ({_first_line(error)}); copy it again."
-            ) from error
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer_config = _read_json(folder / "tokenizer_config.json", required=False)
-        whole = _read_json(folder / "processor_config.json", required=False)  # how transformers 5 saves both
-        configs = {}
-        for key, file in (("image", "preprocessor_config.json"), ("video", "video_preprocessor_config.json")):
-            inner = whole.get(f"{key}_processor")
-            configs[key] = inner if inner and not (folder / file).is_file() else _read_json(folder / file)
-        if dialect is None:
-            dialect = _read_json(folder / DIALECT_FILE, required=False).get("dialect", "official")
-            if dialect not in DIALECTS:
-                raise CheckpointError(
-                    f"{folder / DIALECT_FILE} has dialect {dialect!r}; it must be one of {', '.join(DIALECTS)}."
-                )
-        processor = cls(
-            tokenizer,
-            _read_template(folder, tokenizer_config),
-            tokenizer_config=tokenizer_config,
-            image_config=configs["image"],
-            video_config=configs["video"],
-            dialect=dialect,
-        )
-        model_config = _read_json(folder / "config.json", required=False)
-        for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-            if model_config.get(key, getattr(processor, key)) != getattr(processor, key):
-                raise CheckpointError(
-                    f"{folder}: config.json says {key}={model_config[key]}, but the tokenizer has "
-                    f"{getattr(processor, key)}; take both files from one model."
-                )
-        return processor
+            return cls(settings)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
 
     def save_pretrained(self, folder: str | Path):
         """Writes the files that `from_pretrained` reads, here and in transformers; `folder` is made if missing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / "tokenizer.json"))
-        for name, value in self._files.items():
-            if value:
-                _write_json(folder / name, value)
-        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-        ours = _read_json(folder / DIALECT_FILE, required=False)
-        _write_json(folder / DIALECT_FILE, {**ours, "dialect": self.dialect})
+        self._settings.write(Path(folder))
 
     def __call__(
         self,
@@ -315,7 +222,7 @@ class Processor:
         return np.asarray(found, np.int64).reshape(-1, 3)
 
     def _merged_in_order(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """i64[M, 2], group and merged token of each vision token in reading order, and bool[M], whether it is of video."""
+        """i64[M, 2], group and merged token of each vision token in reading order; bool[M], whether it is of video."""
         index_BT = np.asarray(batch.vision_index)
         row, slot = np.nonzero(index_BT >= 0)
         groups = len(batch.vision[0].patches) if batch.vision else 1
@@ -329,67 +236,43 @@ class Processor:
         for where, part in chat.parts_of(conversation, ("image", "video")):
             try:
                 opened.append(self._open_image(part) if part["type"] == "image" else self._open_video(part))
-            except MediaError as error:
-                raise MediaError(f"{where}: {error}") from error
+            except (MediaError, ConversationError) as error:
+                raise type(error)(f"{where}: {error}") from error
         return opened
 
     def _open_image(self, part: dict) -> _Opened:
         config, source = self.image, part["image"]
-        opened = image.open_image(source)
-        height, width = image.size_of(opened)
-        name = f"image {source}" if isinstance(source, (str, Path)) else "image"
+        height, width = image.image_size(source)
         try:
             height, width = image.smart_resize(height, width, factor=config.factor, **_pixel_bounds(part, config))
         except MediaError as error:
-            raise MediaError(f"{name}: {error}") from error
+            raise MediaError(f"image {source}: {error}" if isinstance(source, (str, Path)) else str(error)) from error
 
         def load() -> np.ndarray:
-            frame = image.resize(image.to_rgb(opened, name), height, width)
+            frame = image.resize(image.read_image(source), height, width)
             return self._patches(np.repeat(frame[None], config.temporal_patch_size, axis=0))
 
         return _Opened("image", (1, height // config.patch_size, width // config.patch_size), (), load)
 
     def _open_video(self, part: dict) -> _Opened:
         config, source = self.video, part["video"]
-        chosen = {key: part.get(key) for key in ("fps", "num_frames", "min_frames", "max_frames")}
-        if isinstance(source, video.VideoFrames):
-            given = [key for key, value in chosen.items() if value is not None]
-            if given:
-                raise MediaError(f"the frames of qv.VideoFrames are used as they are; drop {' and '.join(given)}.")
-            name, times, (height, width) = "video", source.timestamps, source.frames.shape[1:3]
-            frames = lambda: iter(source.frames)
-        elif isinstance(source, (str, Path)):
-            info = video.probe(source)
-            if chosen["fps"] is None and chosen["num_frames"] is None:
-                chosen["fps"] = config.fps
-            chosen["min_frames"] = chosen["min_frames"] or min(
-                config.min_frames, chosen["max_frames"] or config.min_frames
-            )
-            chosen["max_frames"] = chosen["max_frames"] or max(config.max_frames, chosen["min_frames"])
-            indices = sampling.uniform_indices(len(info.times), info.fps, **chosen)
-            name, times, (height, width) = f"video {source}", info.times[indices], (info.height, info.width)
-            frames = lambda: video.read_frames(info, indices)
-        else:
-            raise MediaError(
-                f"a video must be a path or qv.VideoFrames (frames with their times), got {type(source).__name__}; the "
-                "times of bare frames are unknown and never guessed."
-            )
+        times, (height, width), read = self._frames_of(part)
         bounds = _pixel_bounds(part, config)
-        if config.max_pixels_per_frame is not None and part.get("max_pixels") is None:
-            share = min(config.max_pixels_per_frame, config.max_pixels // len(times))
-            bounds["max_pixels"] = max(share, int(config.min_pixels * 1.05)) * len(times)
+        if config.max_pixels_per_frame is not None:
+            share = min(config.max_pixels_per_frame, bounds["max_pixels"] // len(times))
+            bounds["max_pixels"] = max(share, int(bounds["min_pixels"] * 1.05)) * len(times)
         try:
             height, width = sampling.clip_size(
                 len(times), height, width, factor=config.factor, temporal_factor=config.temporal_patch_size, **bounds
             )
         except MediaError as error:
-            raise MediaError(f"{name}: {error}") from error
+            raise MediaError(f"video {source}: {error}" if isinstance(source, (str, Path)) else str(error)) from error
         group_times = sampling.group_times(times, config.temporal_patch_size)
 
         def load() -> np.ndarray:
             clip = np.empty((len(group_times) * config.temporal_patch_size, height, width, 3), np.uint8)
             n = 0
-            for frame in frames():
+            for frame in read():
                 clip[n] = image.resize(frame, height, width)
                 n += 1
             clip[n:] = clip[n - 1]  # an odd count repeats its last frame
@@ -397,6 +280,31 @@ class Processor:
 
         grid = (len(group_times), height // config.patch_size, width // config.patch_size)
         return _Opened("video", grid, group_times, load)
+
+    def _frames_of(self, part: dict) -> tuple[np.ndarray, tuple[int, int], Callable[[], Iterable[np.ndarray]]]:
+        """Times of the chosen frames of a video, (height, width), and the way to their pixels."""
+        config, source = self.video, part["video"]
+        chosen = {key: part.get(key) for key in ("fps", "num_frames", "min_frames", "max_frames")}
+        if isinstance(source, video.VideoFrames):
+            given = [key for key, value in chosen.items() if value is not None]
+            if given:
+                raise ConversationError(
+                    f"the frames of qv.VideoFrames are used as they are; drop {' and '.join(given)}."
+                )
+            return source.timestamps, source.frames.shape[1:3], lambda: source.frames
+        if not isinstance(source, (str, Path)):
+            raise MediaError(
+                f"a video must be a path or qv.VideoFrames (frames with their times), got {type(source).__name__}; the "
+                "times of bare frames are unknown and never guessed."
+            )
+        info = video.probe(source)
+        if chosen["fps"] is None and chosen["num_frames"] is None:
+            chosen["fps"] = config.fps
+        low, high = chosen["min_frames"], chosen["max_frames"]
+        chosen["min_frames"] = low or min(config.min_frames, high or config.min_frames)
+        chosen["max_frames"] = high or max(config.max_frames, low or config.max_frames)
+        indices = sampling.uniform_indices(len(info.times), info.fps, **chosen)
+        return info.times[indices], (info.height, info.width), lambda: video.read_frames(info, indices)
 
     def _patches(self, frames: np.ndarray) -> np.ndarray:
         return image.patchify(
@@ -410,14 +318,14 @@ class Processor:
         """Everything of a sample but its media."""
         guard = self._encoder.guard_for(conversation)
         text = chat.render(
-            self.chat_template,
+            self._settings.chat_template,
             self._encoder.protect(conversation, guard),
             add_generation_prompt=add_generation_prompt,
         )
         text = self._place_media(text, opened)
         encoded = self._encoder.encode(text, guard)
         learnt = np.zeros(len(encoded.ids), bool)
-        for start, end in chat.learnt_spans(text, _MARKS["turn_start"], _MARKS["turn_end"]):
+        for start, end in chat.learnt_spans(text, _TURN_START, _TURN_END):
             learnt |= (encoded.starts >= start) & (encoded.starts < end)
         # Each frame stands in the text as one placeholder; here it takes its merged tokens.
         is_image, is_video = encoded.ids == self.image_token_id, encoded.ids == self.video_token_id
@@ -443,115 +351,35 @@ class Processor:
 
     def _place_media(self, text: str, opened: list[_Opened]) -> str:
         """Puts one placeholder for each frame, with its time, where the template left one for each medium."""
-        start, end, mark = _MARKS["vision_start"], _MARKS["vision_end"], _MARKS["video"]
         pieces, place = [], 0
         for one in opened:
-            pad = _MARKS[one.kind]
+            pad = _IMAGE_PAD if one.kind == "image" else _VIDEO_PAD
             at = text.find(pad, place)
             if at < 0:
                 raise CheckpointError(
-                    f"the chat template shows fewer media than the conversation's {len(opened)}; is it the template of a "
-                    "vision model?"
+                    f"the chat template shows fewer media than the conversation's {len(opened)}; is it the template of "
+                    "a vision model?"
                 )
             before, place = text[place:at], at + len(pad)
             if one.kind == "image":
                 pieces += [before, pad]
                 continue
-            frames = "".join(f"<{seconds:.1f} seconds>{start}{mark}{end}" for seconds in one.times)
-            if self.dialect == "official" and before.endswith(start) and text.startswith(end, place):
-                before, place = before.removesuffix(start), place + len(end)
+            frames = "".join(
+                f"<{seconds:.1f} seconds>{_VISION_START}{_VIDEO_PAD}{_VISION_END}" for seconds in one.times
+            )
+            if self.dialect == "official" and before.endswith(_VISION_START) and text.startswith(_VISION_END, place):
+                before, place = before.removesuffix(_VISION_START), place + len(_VISION_END)
             pieces += [before, frames]
         rest = text[place:]
-        if _MARKS["image"] in rest or mark in rest:
+        if _IMAGE_PAD in rest or _VIDEO_PAD in rest:
             raise CheckpointError(f"the chat template shows more media than the conversation's {len(opened)}.")
         return "".join([*pieces, rest])
 
 
 def _pixel_bounds(part: dict, config: MediaConfig) -> dict[str, int]:
-    """min_pixels and max_pixels of a part, the folder's where it gives none; a bound given moves the other if need be."""
+    """min_pixels and max_pixels of a part, the folder's where it gives none; one given moves the other if need be."""
     low, high = part.get("min_pixels"), part.get("max_pixels")
     return {
         "min_pixels": low or (config.min_pixels if high is None else min(config.min_pixels, high)),
         "max_pixels": high or (config.max_pixels if low is None else max(config.max_pixels, low)),
     }
-
-
-def _media_config(values: dict[str, Any], file: str, video: bool = False) -> tuple[MediaConfig, np.ndarray]:
-    """Sizes and pixel table out of one preprocessor file, refusing settings that would change the pixels unseen."""
-    size = values.get("size") or {}
-    low, high = size.get("shortest_edge", values.get("min_pixels")), size.get("longest_edge", values.get("max_pixels"))
-    missing = [key for key in ("patch_size", "image_mean", "image_std") if values.get(key) is None]
-    if low is None or high is None:
-        missing.append("size.shortest_edge and size.longest_edge")
-    if missing:
-        raise CheckpointError(f"{file} lacks {', '.join(missing)}; copy the file from the model again.")
-    for key, wanted in (("do_resize", True), ("do_rescale", True), ("resample", 3)):
-        if values.get(key, wanted) not in (wanted, None):
-            raise CheckpointError(f"{file} has {key}={values[key]}; only {wanted} is supported.")
-    table = image.pixel_table(
-        values["image_mean"],
-        values["image_std"],
-        values.get("rescale_factor") or 1 / 255,
-        normalize=values.get("do_normalize") is not False,
-    )
-    config = MediaConfig(
-        min_pixels=low,
-        max_pixels=high,
-        patch_size=values["patch_size"],
-        temporal_patch_size=values.get("temporal_patch_size") or 2,
-        merge_size=values.get("merge_size") or 2,
-    )
-    if video:
-        sampled = {key: values[key] for key in ("fps", "min_frames", "max_frames") if values.get(key) is not None}
-        config = dataclasses.replace(config, **sampled)
-        if values.get("cap_pixels_per_frame"):
-            tokens = values.get("max_video_tokens") or 768
-            config = dataclasses.replace(config, max_pixels_per_frame=tokens * config.factor**2)
-    return config, table
-
-
-def _read_template(folder: Path, tokenizer_config: dict[str, Any]) -> str:
-    """The chat template: a file of its own, or the one within `chat_template.json` or `tokenizer_config.json`."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = _read_json(folder / "chat_template.json", required=False).get("chat_template")
-    template = template or tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    if not template:
-        raise CheckpointError(
-            f"{folder} has no chat template (chat_template.jinja, chat_template.json, or in tokenizer_config.json); copy "
-            "it from the model."
-        )
-    return template
-
-
-def _read_json(path: Path, required: bool = True) -> dict[str, Any]:
-    """The object in a JSON file; empty where it is missing and not required."""
-    if not path.is_file():
-        if required:
-            raise CheckpointError(
-                f"{path.parent} has no {path.name}; copy it from the model, or download the model again."
-            )
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({_first_line(error)}); copy it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}; copy it again.")
-    return value
-
-
-def _write_json(path: Path, value: dict[str, Any]):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _content(token: str | dict | None) -> str | None:
-    """A special token of tokenizer_config.json: its text, or an object that holds it."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,7 @@
 """Videos: what a file says about its frames and their times, and the frames themselves, through ffmpeg.
 
-Only the `ffmpeg` program is needed, no ffprobe: a stream copy into ffmpeg's `framecrc` format lists every packet with its
-presentation time. Files are not trusted. The child reads one local file, with the demuxers of plain containers only
+Only the `ffmpeg` program is needed, no ffprobe: a stream copy into ffmpeg's `framecrc` format lists every packet with
+its presentation time. Files are not trusted. The child reads one local file, with the demuxers of plain containers only
 (a playlist, which names other files, is refused), under a time limit; and what it writes is read frame by frame, so
 that nothing is allocated on a file's word.
 """
@@ -283,7 +283,7 @@ class _Child:
         code = self._process.wait()
         if self._late.is_set():
             raise MediaError(
-                f"video {self._path} took ffmpeg more than {self._limit:.0f} s; cut it into shorter pieces or re-encode it."
+                f"video {self._path} took ffmpeg more than {self._limit:.0f} s; cut it into pieces or re-encode it."
             )
         if surplus:
             raise MediaError(f"video {self._path} is damaged: it has more frames than its index; re-encode it.")
@@ -311,8 +311,8 @@ def _raise_for(path: Path, code: int, messages: str):
         re.sub(r"^(\[[^\]]*\] )+", "", line) for line in messages.splitlines() if re.search(r"\[(error|fatal)\]", line)
     ]
     raise MediaError(
-        f"video {path} is not a video that ffmpeg can read ({said[0].strip() if said else f'exit status {code}'}); copy it "
-        "again, or convert it to MP4."
+        f"video {path} is not a video that ffmpeg can read ({said[0].strip() if said else f'exit status {code}'}); copy "
+        "it again, or convert it to MP4."
     )
 
 
@@ -344,8 +344,8 @@ def _check_boxes(path: Path):
             seen.add(kind)
             if start + size > length:
                 raise MediaError(
-                    f"video {path} is truncated: {length} bytes, but its {kind.decode()} part needs {start + size}; copy "
-                    "it again."
+                    f"video {path} is truncated: {length} bytes, but its {kind.decode()} part needs {start + size}; "
+                    "copy it again."
                 )
             start += size
     if b"moov" not in seen:
@@ -372,7 +372,7 @@ def _shown_size(path: Path, listing: str, messages: str) -> tuple[int, int]:
 
 
 def _packets(listing: str) -> tuple[list[int], list[int], Fraction] | None:
-    """Ticks and lengths of the packets that are shown, in file order, and seconds per tick; None if a time is missing."""
+    """Ticks and lengths of the packets that are shown, in file order; seconds per tick. None if a time is missing."""
     time_base = Fraction(re.search(r"^#tb 0: (\d+/\d+)", listing, re.MULTILINE)[1])
     packets = re.findall(
         r"^0, *(?:-?\d+|NOPTS), *(-?\d+|NOPTS), *(-?\d+), *\d+, *0x\w+(?:, *F=0x(\w+))?", listing, re.MULTILINE
@@ -406,7 +406,7 @@ def _timeline(
     span = since[-1] * time_base
     last = last_length * time_base if last_length > 0 else (span / (n - 1) if n > 1 else Fraction(0))
     duration = span + last
-    if n > 1 and span == 0 or duration == 0:
+    if (n > 1 and span == 0) or duration == 0:
         raise MediaError(f"video {path} gives all its frames the same time; re-encode it with its frame rate stated.")
     rate = _constant_rate(since, time_base) if n > 1 else None
     if rate is not None:
