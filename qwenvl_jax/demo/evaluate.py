@@ -90,7 +90,7 @@ def answer_all(
     asked: Sequence[Question],
     *,
     blank: bool = False,
-    batch_size: int = 25,
+    batch_size: int = 100,
     max_new_tokens: int = 40,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Answered]:

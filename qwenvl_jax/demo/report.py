@@ -162,10 +162,10 @@ def case_picture(processor, answered: Answered) -> str:
     width = min(_SECOND * step - 3, 60)
     height = width * frames.shape[1] / frames.shape[2]
     top = height + 16
-    parts = [_frame(_x(time) - width / 2, 0, width, height, frame) for time, frame in zip(media.times, frames, strict=True)]
-    parts += [
-        f'<text class="time" x="{_x(time):.1f}" y="{height + 11:.1f}">{time:.1f}</text>' for time in media.times
+    parts = [
+        _frame(_x(time) - width / 2, 0, width, height, frame) for time, frame in zip(media.times, frames, strict=True)
     ]
+    parts += [f'<text class="time" x="{_x(time):.1f}" y="{height + 11:.1f}">{time:.1f}</text>' for time in media.times]
     colour = "rgb({}, {}, {})".format(*COLOURS[truth.colour])
     parts.append(_bar("truth", truth.start, truth.end, top, f'fill="{colour}"'))
     if answered.parsed is not None:
@@ -179,8 +179,12 @@ def case_picture(processor, answered: Answered) -> str:
         parts.append(f'<line class="edge" x1="{_x(time):.1f}" x2="{_x(time):.1f}" y1="0" y2="{bottom}"/>')
     size = f'width="{_x(clip.duration) + _RIGHT:.0f}" height="{bottom + 2:.0f}"'
     drawing = f'<svg {size} role="img">{"".join(parts)}</svg>'
-    return jinja2.Environment(autoescape=True).from_string(_CASE).render(
-        drawing=drawing, answered=answered, clip=clip, question=question(truth.name), verdict=_verdict(answered)
+    return (
+        jinja2.Environment(autoescape=True)
+        .from_string(_CASE)
+        .render(
+            drawing=drawing, answered=answered, clip=clip, question=question(truth.name), verdict=_verdict(answered)
+        )
     )
 
 

@@ -15,26 +15,21 @@ from qwenvl_jax.demo.records import Sighting, questions_and_answers, sight
 from qwenvl_jax.demo.vocabulary import SAMPLED_FPS
 
 
-def told(clip: Clip, sighting: Sighting, rng: np.random.Generator, markers: bool = True) -> str:
-    """What the temporal patches of a clip show, in words; the objects of one patch in an order drawn from `rng`.
-
-    Args:
-      markers: put the words between vision_start and vision_end, where the prompt of a video has its vision tokens.
-    """
-    before, after = ("<|vision_start|>", "<|vision_end|>") if markers else ("", "")
+def told(clip: Clip, sighting: Sighting, rng: np.random.Generator) -> str:
+    """What the temporal patches of a clip show, in words; the objects of one patch in an order drawn from `rng`."""
     parts = []
     for time, visible_E in zip(sighting.times, sighting.visible, strict=True):
         names = [clip.events[e].name for e in rng.permutation(np.flatnonzero(visible_E))]
         words = "".join(f" {name}" for name in names or ["nothing"])
-        parts.append(f"<{time:.1f} seconds>{before}{words}{after}")
+        parts.append(f"<{time:.1f} seconds>{words}")
     return "".join(parts)
 
 
-def text_conversation(seed: int, index: int, fps: float = SAMPLED_FPS, markers: bool = True) -> list[dict]:
+def text_conversation(seed: int, index: int, fps: float = SAMPLED_FPS) -> list[dict]:
     """Warm-up conversation number `index`: a pure function of its arguments."""
     clip = describe_clip(seed, index, "train")
     rng = np.random.default_rng([seed, index])
     sighting = sight(clip, fps)
     messages = questions_and_answers(clip, sighting, [int(e) for e in rng.permutation(len(clip.events))])
-    messages[0]["content"] = told(clip, sighting, rng, markers) + messages[0]["content"]
+    messages[0]["content"] = told(clip, sighting, rng) + messages[0]["content"]
     return messages

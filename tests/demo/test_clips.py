@@ -14,7 +14,10 @@ from qwenvl_jax.errors import DataError
 def test_a_description_depends_on_seed_index_and_split_alone():
     clip = clips.describe_clip(3, 5, "train")
     assert clip == clips.describe_clip(3, 5, "train")
-    assert len({clip, *(clips.describe_clip(*key) for key in ((4, 5, "train"), (3, 6, "train"), (3, 5, "validation")))}) == 4
+    assert (
+        len({clip, *(clips.describe_clip(*key) for key in ((4, 5, "train"), (3, 6, "train"), (3, 5, "validation")))})
+        == 4
+    )
     # The description itself, fixed: a change of it invalidates every figure that was measured on these clips.
     text = repr([clips.describe_clip(0, index, "evaluation") for index in range(20)])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "871153d6fd2218f9"

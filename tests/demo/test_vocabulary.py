@@ -1,11 +1,11 @@
 """The demo's tokenizer and processor folder."""
 
-from tests.parity import reference  # noqa: F401  (lets transformers import torchvision)
 from transformers import AutoProcessor
 
 from qwenvl_jax.demo import vocabulary
 from qwenvl_jax.demo.clips import COLOURS, HELD_OUT, SHAPES
 from qwenvl_jax.demo.records import answer, question
+from tests.parity import reference  # noqa: F401  (lets transformers import torchvision)
 
 
 def test_the_tokenizer_is_the_same_every_time_and_small():

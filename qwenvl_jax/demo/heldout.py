@@ -1,0 +1,46 @@
+"""The loss on clips that are not trained on: what every stage of the curriculum has to lower."""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from qwenvl_jax.batch import Batch
+from qwenvl_jax.data.collate import collate
+from qwenvl_jax.demo.clips import Clip
+from qwenvl_jax.demo.records import conversation
+from qwenvl_jax.ops.losses import chunked_cross_entropy
+
+
+def held_out_batch(processor, clips: Sequence[tuple[pathlib.Path, Clip]]) -> Batch:
+    """The training conversations of clips, one to a row.
+
+    Args:
+      processor: a `Processor`.
+      clips: files and descriptions, of split "validation".
+    """
+    samples = [
+        processor.sample(conversation(clip, path, np.random.default_rng([clip.seed, clip.index])))
+        for path, clip in clips
+    ]
+    # Rows of clips are short and full: the next multiple of 64 wastes little and keeps the shape the same for others.
+    length = -(-max(len(sample.tokens) for sample in samples) // 64) * 64
+    rows = [[sample] for sample in samples]
+    return collate(rows, length=length, pixel_table=processor.pixel_table, pad_token_id=processor.pad_token_id)
+
+
+def held_out_loss(model, batch: Batch) -> float:
+    """Mean negative log likelihood, in nats, of the answers' tokens in a batch."""
+    graph, weights = nnx.split(model)
+    return float(_loss(graph, weights, batch))
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _loss(graph, weights, batch: Batch):
+    model = nnx.merge(graph, weights)
+    hidden_BTH = model.hidden(batch)
+    total = chunked_cross_entropy(hidden_BTH, model.text.head_weight(), batch.targets, batch.loss_weights)
+    return total / batch.loss_weights.sum()
