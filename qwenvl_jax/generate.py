@@ -160,7 +160,7 @@ def _check_fit(model: QwenVL, batch: Batch, max_new_tokens: int) -> None:
     reach = int(np.max(batch.positions)) + 1 + max_new_tokens
     if reach > config.text.max_position_embeddings:
         _log.warning(
-            "positions may reach %d, beyond the max_position_embeddings=%d of the model's training; answers may suffer.",
+            "positions may reach %d, beyond the max_position_embeddings=%d of its training; answers may suffer.",
             reach,
             config.text.max_position_embeddings,
         )

@@ -292,7 +292,7 @@ def config_to_json(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
     rope = config.text.rope
     if not rope.mrope_interleaved:
         raise CheckpointError(
-            f"text.rope.mrope_interleaved=False cannot be written: {config.model_type} is always interleaved in the public "
+            f"text.rope.mrope_interleaved=False cannot be written: {config.model_type} is interleaved in the public "
             "layout."
         )
     text = {field.name: getattr(config.text, field.name) for field in dataclasses.fields(TextConfig)}

@@ -8,7 +8,10 @@ them.
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from qwenvl_jax.data.sample import Sample
 
 
 def _import_torchvision() -> "torch.library.Library | None":
@@ -39,7 +42,7 @@ REFERENCE_VERSION = "5.23.0"
 assert transformers.__version__ == REFERENCE_VERSION, (
     f"The parity tests compare with transformers {REFERENCE_VERSION}; {transformers.__version__} is installed."
 )
-torch.set_grad_enabled(True)
+transformers.utils.logging.disable_progress_bar()
 
 # Two small shapes that share no number where a mistaken transpose or reshape could hide: odd head counts, head_dim that
 # is not hidden_size / heads, grouped key/value heads, a position table smaller and larger than a frame, DeepStack taps
@@ -137,17 +140,27 @@ def random_model(config: Qwen3VLConfig, seed: int = 0) -> Qwen3VLForConditionalG
 
 
 def write_checkpoint(
-    folder: str | Path, shape: str, *, vocab_size: int = 97, ids: dict[str, int] | None = None, seed: int = 0, **save
+    folder: str | Path,
+    shape: str,
+    *,
+    vocab_size: int = 97,
+    ids: dict[str, int] | None = None,
+    eos_token_ids: tuple[int, ...] = (),
+    seed: int = 0,
+    **save,
 ) -> Qwen3VLForConditionalGeneration:
     """Writes a tiny random checkpoint with the reference's own `save_pretrained` and returns the model written.
 
     Args:
       folder: where to write; made if missing.
       shape, vocab_size, ids: see `tiny_config`.
+      eos_token_ids: ids that end an answer, for generation_config.json.
       seed: of the random tensors.
       **save: passed to `save_pretrained`, such as `max_shard_size="20KB"`.
     """
     model = random_model(tiny_config(shape, vocab_size, ids), seed)
+    if eos_token_ids:
+        model.generation_config.eos_token_id = list(eos_token_ids)
     model.save_pretrained(folder, **save)
     return model
 
@@ -160,3 +173,25 @@ def load_checkpoint(folder: str | Path) -> Qwen3VLForConditionalGeneration:
     problems = {key: found for key, found in report.items() if found}
     assert not problems, f"The reference does not load {folder} cleanly: {problems}"
     return model.eval()
+
+
+def reference_inputs(sample: Sample, config: Qwen3VLConfig) -> dict[str, torch.Tensor]:
+    """What the reference's `forward` takes for one conversation, unpadded, from the same token ids and bytes.
+
+    Pixels are normalised by the public means and deviations of one half. Positions are left to the reference.
+    """
+    tokens = torch.from_numpy(sample.tokens).long()[None]
+    kinds = torch.zeros_like(tokens)
+    kinds[tokens == config.image_token_id] = 1
+    kinds[tokens == config.video_token_id] = 2
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "mm_token_type_ids": kinds}
+    for kind, pixels, grids in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        media = [medium for medium in sample.media if medium.kind == kind]
+        if media:
+            patches = np.concatenate([medium.patches for medium in media]).astype(np.float32)
+            inputs[pixels] = torch.from_numpy((patches - 127.5) / 127.5)
+            inputs[grids] = torch.tensor([medium.grid for medium in media])
+    return inputs
