@@ -15,6 +15,7 @@ from qwenvl_jax import __version__
 from qwenvl_jax.errors import QwenVLError
 
 PROG = "qwenvl-jax"
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
 # What an operating system refuses because of where the user pointed us, not because of how we asked.
 _SURROUNDINGS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        _dispatch(arguments)
+        return _dispatch(arguments)
     except QwenVLError as error:
         return _fail(str(error))
     except OSError as error:
@@ -63,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return INTERRUPTED
 
 
 def _fail(message: str) -> int:
@@ -72,12 +72,12 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _dispatch(arguments: list[str]) -> None:
-    """Parses, and calls the function of the command."""
+def _dispatch(arguments: list[str]) -> int:
+    """Parses, calls the function of the command, and returns its exit status."""
     parser, commands = _parsers()
     if not arguments:
         parser.print_help()
-        return
+        return 0
     if not arguments[0].startswith("-") and arguments[0] not in commands:
         raise _UsageError(_unknown("command", arguments[0], commands) + f"; see `{PROG} --help`.")
     options, rest = parser.parse_known_args(arguments)
@@ -87,7 +87,7 @@ def _dispatch(arguments: list[str]) -> None:
         known = commands[options.command].options()
         odd = next((argument for argument in rest if argument.startswith("-")), rest[0])
         raise _UsageError(_unknown("argument", odd, known) + f"; see `{PROG} {options.command} --help`.")
-    options.work(options)
+    return options.work(options)
 
 
 def _unknown(kind: str, name: str, known) -> str:
@@ -105,6 +105,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_chat(commands)
+    _add_train(commands)
     return parser, commands.choices
 
 
@@ -144,7 +145,7 @@ Images stand before videos, each in the order given, and the question after them
     parser.set_defaults(work=_chat)
 
 
-def _chat(options: argparse.Namespace) -> None:
+def _chat(options: argparse.Namespace) -> int:
     from qwenvl_jax.generate import chat
 
     chat(
@@ -160,3 +161,34 @@ def _chat(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         dialect=options.dialect,
     )
+    return 0
+
+
+def _add_train(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="a stage or a whole curriculum, from a config file",
+        usage=f"{PROG} train CONFIG [--model NAME] [--out DIR] [--key value ...]",
+        description="Trains as a config file says. Started again with the same arguments after it was stopped or "
+        "killed,\na run continues from its latest checkpoint as if nothing had happened.",
+        epilog=f"""examples:
+  {PROG} train configs/demo/s1.py
+  {PROG} train configs/demo/s1.py --out runs/short --steps 20 --optimizer.learning_rate 0.001
+
+--key value changes a setting of the config file by its dotted name; a setting of a stage, without its prefix, is
+changed in every stage.""",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a Python file with get_config(), such as those in configs/")
+    parser.add_argument("--model", metavar="NAME", help="in place of the config's: a preset, a folder or a hub id")
+    parser.add_argument("--out", metavar="DIR", help="the run's folder; default: runs/, by the config's name")
+    parser.set_defaults(work=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from qwenvl_jax.train.loop import train_command
+
+    result = train_command(options.config, options.overrides, model=options.model, out=options.out)
+    if result.model is None:  # stopped by a signal, with a checkpoint written
+        return INTERRUPTED
+    print(f"{result.steps} steps are done; the model is in {result.model}")
+    return 0

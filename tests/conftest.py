@@ -10,7 +10,71 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # A name that looks like a hub id must fail at once, not after a wait for a hub that no test needs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import subprocess
+
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A whole model folder, of random weights, with tokenizer and processor; not to be changed."""
+    from flax import nnx
+
+    from qwenvl_jax.config import QwenVLConfig, RopeConfig, TextConfig, VisionConfig
+    from qwenvl_jax.models.qwenvl import QwenVL
+    from tests.tiny import tiny_processor_folder
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    ids = tiny_processor_folder(folder)
+    config = QwenVLConfig(
+        text=TextConfig(
+            vocab_size=ids["vocab_size"],
+            hidden_size=24,
+            intermediate_size=36,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            rope=RopeConfig(mrope_section=(2, 1, 1)),
+        ),
+        vision=VisionConfig(
+            depth=2,
+            hidden_size=16,
+            intermediate_size=20,
+            num_heads=2,
+            out_hidden_size=24,
+            deepstack_visual_indexes=(0,),
+            num_position_embeddings=16,
+        ),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        eos_token_ids=(ids["<|im_end|>"],),
+    )
+    QwenVL(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_ffmpeg():
+    """Runs ffmpeg with these arguments, quietly."""
+    import imageio_ffmpeg
+
+    def run(*arguments) -> None:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-y", *map(str, arguments)]
+        subprocess.run(command, check=True)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory, run_ffmpeg):
+    """An MP4 of two seconds, 96x64 at 12 frames a second; not to be changed."""
+    file = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    run_ffmpeg("-f", "lavfi", "-i", "testsrc=size=96x64:rate=12:duration=2", "-pix_fmt", "yuv420p", file)
+    return file
