@@ -17,7 +17,7 @@ from qwenvl_jax.errors import MediaError
 
 MAX_SIDE_RATIO = 200
 # Formats whose decoders stand alone; EPS, for one, would start another program.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "ICO")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 def image_size(source) -> tuple[int, int]:

@@ -298,7 +298,7 @@ def _raise_for(path: Path, code: int, messages: str):
     cut = _CUT_SHORT.search("\n".join(line for line in messages.splitlines() if re.search(r"\[(error|fatal)\]", line)))
     if code == 0 and not cut:
         return
-    if re.search(r"not (on|in) (the )?whitelist", messages, re.IGNORECASE):
+    if re.search(r"not (on|in) (the )?whitelist|m3u8", messages, re.IGNORECASE):
         raise MediaError(
             f"video {path} is a playlist, a raw stream without times, or in a container that is not read; give an MP4, "
             "MOV, MKV, WebM, AVI or TS file."
@@ -310,9 +310,9 @@ def _raise_for(path: Path, code: int, messages: str):
     said = [
         re.sub(r"^(\[[^\]]*\] )+", "", line) for line in messages.splitlines() if re.search(r"\[(error|fatal)\]", line)
     ]
+    reason = said[0].strip() if said else f"exit status {code}"
     raise MediaError(
-        f"video {path} is not a video that ffmpeg can read ({said[0].strip() if said else f'exit status {code}'}); copy "
-        "it again, or convert it to MP4."
+        f"video {path} is not a video that ffmpeg can read ({reason}); copy it again, or convert it to MP4."
     )
 
 
