@@ -20,8 +20,18 @@ from qwenvl_jax.errors import DataError, QwenVLError
 _PROBES = 4
 
 
+def processor_key(processor) -> str:
+    """A hash of everything that a processor makes samples with: of the files that it saves."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def sample_key(record: Record, processor_key: str) -> str:
-    """What identifies a processed sample: its text, its media files' sizes and times, the processor; "" if nothing can."""
+    """What identifies a processed sample: its text, its files' sizes and times, the processor; "" if nothing can."""
     if not record.content or not processor_key:
         return ""
     digest = hashlib.sha256(f"{processor_key} {record.content}".encode())
@@ -61,11 +71,12 @@ def measure_source(
             except QwenVLError as error:
                 raise DataError(f"{record.where}: {error}") from error
             # Equal frames follow each other: (patches in a frame, how many frames).
-            entry = [facts.tokens, [[h * w, t] for t, h, w in facts.grids]]
+            entry = [facts.tokens, facts.loss_tokens, [[h * w, t] for t, h, w in facts.grids]]
         if key:
             found[key] = entry
-        frames = tuple(patches for patches, count in entry[1] for _ in range(count))
-        return SampleFacts(f"{record.where} ({record.id})", entry[0], frames)
+        tokens, loss_tokens, runs = entry
+        frames = tuple(patches for patches, count in runs for _ in range(count))
+        return SampleFacts(f"{record.where} ({record.id})", tokens, frames, loss_tokens)
 
     with concurrent.futures.ThreadPoolExecutor(_PROBES) as pool:
         facts = tuple(pool.map(measure, range(len(source))))

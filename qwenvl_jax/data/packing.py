@@ -61,11 +61,13 @@ class SampleFacts:
       name: how errors call it.
       tokens: token slots that it takes.
       frames: patches of each frame (image, or temporal patch of a video), in order.
+      loss_tokens: how many of its targets are learnt.
     """
 
     name: str
     tokens: int
     frames: tuple[int, ...] = ()
+    loss_tokens: int = 1
 
 
 def frames_fit(counts: Mapping[int, int], vision: VisionShape) -> bool:
@@ -94,7 +96,7 @@ def frames_fit(counts: Mapping[int, int], vision: VisionShape) -> bool:
 
 
 def check_fits(facts: Iterable[SampleFacts], shape: BatchShape) -> None:
-    """Refuses data of which a sample can never stand in a batch of this shape.
+    """Refuses data of which a sample can never stand in a batch of this shape, or has nothing to learn.
 
     Raises:
       DataError: names the first such sample, how many there are, and what to change.
@@ -115,6 +117,8 @@ def _misfit(sample: SampleFacts, shape: BatchShape) -> str | None:
             f"has {sample.tokens} tokens, but a row has batch.length={shape.length}; raise batch.length, or take "
             "fewer frames or pixels of it."
         )
+    if not sample.loss_tokens:
+        return "teaches nothing: no token of it is the assistant's; give it an assistant turn, or remove it."
     if not sample.frames:
         return None
     if not shape.vision:

@@ -1,4 +1,4 @@
-"""From a plan to batches: Grain over the steps of the plan, a cache of decoded samples, a hash of what each batch holds.
+"""From a plan to batches: Grain over the steps of the plan, a cache of decoded samples, a hash of each batch.
 
     plan[n] -> samples (decoded once, kept) -> collate -> Batch          by Grain's threads or worker processes
 
@@ -26,7 +26,7 @@ from qwenvl_jax.data.facts import sample_key
 from qwenvl_jax.data.packing import Plan
 from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.data.sources import Source
-from qwenvl_jax.errors import DataError, QwenVLError
+from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +138,19 @@ def _sample_cache(source, processor, memory_bytes, folder, processor_key) -> Sam
 class BatchLoader:
     """Makes the batch of a step: `loader(n) -> PlannedBatch`.
 
-    Raises (on call):
-      DataError: a sample that cannot be processed, or that is not what was measured.
+    Raises:
+      ConfigError: vision rows that do not hold whole merged tokens.
+      DataError: (on call) a sample that cannot be processed, or that is not what was measured.
     """
 
     def __init__(self, plan: Plan, samples: SampleCache, processor):
         self.plan, self.samples = plan, samples
-        self._pixel_table, self._merge_size = processor.pixel_table, processor.merge_size
-        self._pad_token_id = processor.pad_token_id
+        self._fixed = {
+            name: getattr(processor, name) for name in ("pixel_table", "merge_size", "pad_token_id", "patch_dim")
+        }
+        block = processor.merge_size**2
+        if any(length % block for _, length in plan.shape.vision):
+            raise ConfigError(f"batch.vision={plan.shape.vision}: patches in a row must be a multiple of {block}.")
 
     def __call__(self, step: int) -> PlannedBatch:
         rows, digest, tokens = [], hashlib.sha256(), 0
@@ -163,11 +168,9 @@ class BatchLoader:
         batch = collate(
             rows,
             length=shape.length,
-            pixel_table=self._pixel_table,
             groups=shape.groups,
             vision_shape=shape.vision,
-            merge_size=self._merge_size,
-            pad_token_id=self._pad_token_id,
+            **self._fixed,
         )
         return PlannedBatch(batch, tokens, digest.hexdigest())
 

@@ -1,7 +1,7 @@
 """Where conversations come from: random access by number, whatever holds them.
 
-A record is a conversation of the public form with a name: `{"id": "clip-7", "messages": [{"role": ...}, ...]}`. It comes
-from a JSONL file, one record a line, media paths relative to the file; or from any object with `__len__` and
+A record is a conversation of the public form with a name: `{"id": "clip-7", "messages": [{"role": ...}, ...]}`. It
+comes from a JSONL file, one record a line, media paths relative to the file; or from any object with `__len__` and
 `__getitem__` that yields such mappings (or the JSON text of one), a tfds or ArrayRecord data source for instance.
 """
 

@@ -94,7 +94,7 @@ class StageConfig:
     name: str
     steps: int
     data: DataConfig = DataConfig()
-    batch: BatchShape = BatchShape()
+    batch: BatchShape = dataclasses.field(default_factory=BatchShape)
     optimizer: OptimizerConfig = OptimizerConfig()
     carry_optimizer: bool = False
     trainable: str = "all"

@@ -16,8 +16,8 @@ from qwenvl_jax.train.state import ModelParts, Params, TrainState
 def normalised_weights(batch: Batch, kind: str):
     """Loss weights f32[B, T] whose weighted mean is the loss of this kind.
 
-    With N the summed weights of a sample (its supervised tokens): "token" keeps the weights, "sample" divides a sample's
-    by N, so that samples count alike, "sqrt" by the square root of N, so that a sample counts as the square root of N.
+    With N the summed weights of a sample (its supervised tokens): "token" keeps the weights, "sample" divides by
+    N, so that samples count alike, "sqrt" by the square root of N, so that a sample counts as the square root of N.
     The normaliser is the sum over the whole batch, whatever devices or groups it lies on.
     """
     if kind == "token":

@@ -1,0 +1,110 @@
+"""A curriculum as one run: stages in order, their data measured and planned before the first step.
+
+Steps count through the whole run; a stage covers those after its `begin` up to its `end`:
+
+    s0 |1 2 3| s1 |4 5 6 7 8| s2 |9 10|        begin 0, 3, 8; end 3, 8, 10
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from qwenvl_jax.data.facts import facts_digest, measure_source, processor_key
+from qwenvl_jax.data.packing import Plan
+from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
+from qwenvl_jax.data.sources import Source, open_source
+from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.train.config import StageConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage with its place in the run and its planned data.
+
+    Attributes:
+      config: its settings.
+      index: number in the curriculum, from 0.
+      begin, end: steps of the run done before it, and after it.
+      loader: makes the batch of each of its steps.
+      digest: sha256, in hex, of the data that its plan follows from.
+    """
+
+    config: StageConfig
+    index: int
+    begin: int
+    end: int
+    loader: BatchLoader
+    digest: str
+
+    def batches(self):
+        """A new Grain iterator over the batches of the stage, from its first step."""
+        data = self.config.data
+        return batches(
+            self.loader, self.config.steps, threads=data.threads, workers=data.workers, prefetch=data.prefetch
+        )
+
+
+def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -> tuple[Stage, ...]:
+    """Measures and plans the data of every stage, so that a run that cannot go through does not begin.
+
+    Stages over the same data share its facts and its decoded samples.
+
+    Raises:
+      DataError: data that is missing, malformed, or can never fit the stage's batches; names the stage.
+      ConfigError: a stage cannot carry the optimizer of the one before.
+    """
+    stages, begin, seen, key = [], 0, {}, processor_key(processor)
+    for index, stage in enumerate(config.stages):
+        _check_carry(config, index)
+        name = stage.data.source if isinstance(stage.data.source, str | tuple) else id(stage.data.source)
+        try:
+            if name not in seen:
+                say(f"{stage.name}: measuring the data")
+                source = open_source(stage.data.source)
+                facts = measure_source(source, processor, processor_key=key, cache=_beside(stage.data.source))
+                seen[name] = source, facts, facts_digest(facts, source), {}
+            source, facts, digest, caches = seen[name]
+            # Two streams of the same data in one run are shuffled apart.
+            seed = int(np.random.SeedSequence([config.seed, index]).generate_state(1, np.uint64)[0])
+            plan = Plan(facts, stage.batch, seed=seed, window=stage.data.window, shuffle=stage.data.shuffle)
+            samples = _cache(caches, source, processor, stage, key)
+            loader = BatchLoader(plan, samples, processor)
+        except DataError as error:
+            raise DataError(f"stage {stage.name}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from error
+        end = begin + stage.steps
+        stages.append(Stage(stage, index, begin, end, loader, digest))
+        tokens = sum(sample.tokens for sample in facts)
+        say(f"{stage.name}: {len(facts)} samples of {tokens / len(facts):.0f} tokens on average, {stage.steps} steps")
+        begin = end
+    return tuple(stages)
+
+
+def _cache(caches: dict, source: Source, processor, stage: StageConfig, key: str) -> SampleCache:
+    settings = stage.data.cache_bytes, stage.data.cache_dir
+    if settings not in caches:
+        memory_bytes, folder = settings
+        caches[settings] = SampleCache(source, processor, memory_bytes=memory_bytes, folder=folder, processor_key=key)
+    return caches[settings]
+
+
+def _beside(source) -> Path | None:
+    """Where the facts of a data file are kept: beside it; those of several files beside the first."""
+    if isinstance(source, tuple | list) and source:
+        source = source[0]
+    return Path(source) if isinstance(source, str | Path) else None
+
+
+def _check_carry(config: TrainConfig, index: int) -> None:
+    stage = config.stages[index]
+    if not stage.carry_optimizer:
+        return
+    before = config.stages[index - 1] if index else None
+    if before is None or (before.optimizer.name, before.trainable) != (stage.optimizer.name, stage.trainable):
+        raise ConfigError(
+            f"stage {stage.name}: carry_optimizer needs a stage before it with the same optimizer.name and trainable; "
+            "set it to False, or make them equal."
+        )

@@ -1,0 +1,324 @@
+"""A training run from start to end: data, weights, stages, checkpoints, and the trained model.
+
+Killed at any moment and started again, a run goes on from its latest checkpoint with the losses and batches that it
+would have had: weights, optimizer, random key and the place in the data are saved together, batches are planned, and
+`metrics.jsonl` is cut back to the checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qwenvl_jax.checkpoint import folder as folders
+from qwenvl_jax.checkpoint import hf_config
+from qwenvl_jax.checkpoint.store import CheckpointStore, abstract_like
+from qwenvl_jax.config import QwenVLConfig
+from qwenvl_jax.data.processor import Processor
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.models.qwenvl import QwenVL
+from qwenvl_jax.parallel.mesh import make_mesh
+from qwenvl_jax.parallel.rules import shard_batch
+from qwenvl_jax.presets import PRESETS
+from qwenvl_jax.train import run_folder
+from qwenvl_jax.train.config import TrainConfig, fingerprint
+from qwenvl_jax.train.config_file import load_config_file
+from qwenvl_jax.train.curriculum import Stage, prepare_stages
+from qwenvl_jax.train.metrics import MetricsLog
+from qwenvl_jax.train.optimizer import make_optimizer
+from qwenvl_jax.train.overrides import apply_overrides
+from qwenvl_jax.train.progress import Progress
+from qwenvl_jax.train.state import ModelParts, Params, TrainState
+from qwenvl_jax.train.step import make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+      out: its folder.
+      step, steps: steps done, and steps of the whole run.
+      model: folder of the trained model, or None if the run was stopped before its end.
+    """
+
+    out: Path
+    step: int
+    steps: int
+    model: Path | None
+
+
+def train(config: TrainConfig, out, *, on_step: Callable[[dict[str, Any]], None] | None = None) -> RunResult:
+    """Runs a curriculum, or continues it.
+
+    Args:
+      config: the run.
+      out: its folder; a run that began there is continued.
+      on_step: called with each line of the metrics once it is written.
+
+    Raises:
+      QwenVLError: settings, data or checkpoints that cannot be used.
+    """
+    out = Path(out)
+    with run_folder.locked(out), (out / "train.log").open("a") as log:
+        progress = Progress(config.steps, 0, log)
+        run = _Run(config, out, progress, on_step)
+        with (
+            progress,
+            CheckpointStore(out / "checkpoints", fingerprint=run.fingerprint, keep=config.keep_checkpoints) as store,
+        ):
+            return run.go(store)
+
+
+def train_command(
+    config_path: str, overrides: Sequence[str] = (), model: str | None = None, out: str | None = None
+) -> RunResult:
+    """Trains as a config file says: the `train` command.
+
+    Args:
+      config_path: see `qwenvl_jax.train.config_file`.
+      overrides: `--name value ...` arguments; see `qwenvl_jax.train.overrides`.
+      model: in place of the config's: a preset's name (its shape, random weights), or the folder or hub id of a
+        pretrained model.
+      out: the run's folder; `runs/<folder of the config>/<its name>` without it.
+
+    Raises:
+      QwenVLError: what is wrong with the config file, a setting, the data or the run's folder.
+    """
+    config, prepare = load_config_file(config_path)
+    config = apply_overrides(config, overrides)
+    if model is not None:
+        config = dataclasses.replace(config, model=PRESETS.get(model, model))
+    prepare(config)
+    path = Path(config_path).absolute()
+    return train(config, out or Path("runs") / path.parent.name / path.stem)
+
+
+class _Run:
+    """The parts of a run that stay the same from its first step to its last."""
+
+    def __init__(self, config: TrainConfig, out: Path, progress: Progress, on_step):
+        self.config, self.out, self.progress, self.on_step = config, out, progress, on_step
+        self.say = progress.say
+        self.mesh = _make_mesh(config)
+        self.processor = Processor.from_pretrained(config.processor or config.init or config.model)
+        shape = config.model if isinstance(config.model, QwenVLConfig) else _shape_of(config.model)
+        _check_ids(shape, self.processor)
+        self.parts = ModelParts(shape, dtype=config.dtype, param_dtype=config.param_dtype, mesh=self.mesh)
+        for stage in config.stages:
+            self.parts.select(stage.trainable)
+        self.stages = prepare_stages(config, self.processor, self.say)
+        self.fingerprint = fingerprint(dataclasses.replace(config, model=shape, processor=""))
+        self.fingerprint |= {f"stages.{stage.index}.data": stage.digest for stage in self.stages}
+        run_folder.claim(out, self.fingerprint)
+
+    def go(self, store: CheckpointStore) -> RunResult:
+        """Restores or begins, goes through the stages that are left, and writes the model."""
+        place = store.progress()
+        done, iterator_state = 0, None
+        if place:
+            done, iterator_state = place["step"], place["iterator"]
+            params, state = self._restore(store, place)
+            self.progress.resume(done)
+            self.say(f"continuing after step {done} of {self.config.steps}")
+        else:
+            params, state = self._initial(), None
+        metrics = MetricsLog(self.out / "metrics.jsonl", done)
+        with contextlib.closing(metrics), _stop_signals() as stop:
+            for stage in self.stages:
+                if done >= stage.end or stop.is_set():
+                    continue
+                if done == stage.begin:
+                    state, iterator_state = self._fresh_state(stage, params, state), None
+                frozen = {name: value for name, value in params.items() if name not in state.params}
+                # The step takes the arrays that learn: nothing else may hold them.
+                del params
+                state, done = self._run_stage(stage, state, frozen, done, iterator_state, store, metrics, stop)
+                params = frozen | state.params
+        store.wait()
+        if done < self.config.steps:
+            self.say(f"stopped after step {done} of {self.config.steps}; the same command continues")
+            return RunResult(self.out, done, self.config.steps, None)
+        return RunResult(self.out, done, self.config.steps, self._export(params))
+
+    def _run_stage(self, stage: Stage, state, frozen, done: int, iterator_state, store, metrics, stop):
+        """Takes the steps of a stage that are left, until its end or a stop; returns (state, steps done)."""
+        iterator = stage.batches()
+        if iterator_state is not None:
+            iterator.set_state(iterator_state)
+
+        def save():
+            # The lines of the steps that the checkpoint holds are on disk before it is.
+            self._written(metrics.flush())
+            metrics.sync()
+            place = {"stage": stage.index, "iterator": iterator.get_state()}
+            store.save(done, {"state": state, "frozen": frozen}, place)
+
+        compiled = None
+        while done < stage.end and not stop.is_set():
+            planned = next(iterator)
+            batch = shard_batch(planned.batch, self.mesh)
+            if compiled is None:
+                compiled = self._compile(stage, state, frozen, batch)
+            state, loss = compiled(state, frozen, batch)
+            done += 1
+            line = {"step": done, "tokens": planned.tokens, "batch": planned.hash, "stage": stage.config.name}
+            self._written(metrics.push(line, loss))
+            if done == stage.end or done % self.config.checkpoint_every == 0:
+                save()
+        if stop.is_set():
+            save()
+        return state, done
+
+    def _written(self, line: dict[str, Any] | None) -> None:
+        if line is None:
+            return
+        self.progress.update(line)
+        if self.on_step is not None:
+            self.on_step(line)
+
+    def _compile(self, stage: Stage, state, frozen, batch):
+        """The step of a stage, compiled ahead for these shapes: called with others it raises, it never recompiles."""
+        step = make_step(self.parts, stage.config, self._optimizer(stage))
+        shardings = self._state_shardings(state)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        began = time.monotonic()
+        lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)).lower(state, frozen, batch)
+        compiled = lowered.compile()
+        learning = sum(weight.size for weight in state.params.values())
+        self.say(
+            f"{stage.config.name}: step compiled in {time.monotonic() - began:.1f} s; {learning:,} of "
+            f"{learning + sum(weight.size for weight in frozen.values()):,} weights learn"
+        )
+        self.progress.start_clock()
+        return compiled
+
+    def _optimizer(self, stage: Stage):
+        names = self.parts.select(stage.config.trainable)
+        return make_optimizer(stage.config.optimizer, {name: self.parts.weights[name] for name in names})
+
+    def _state_shardings(self, state):
+        """Where a `TrainState` lives: what belongs to a weight (moments, say) as the weight, the rest everywhere."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+
+        def one(path, leaf):
+            name = getattr(path[-1], "key", None)
+            info = self.parts.weights.get(name)
+            return self.parts.shardings[name] if info and leaf.shape == info.shape else whole
+
+        return jax.tree_util.tree_map_with_path(one, state)
+
+    def _begun(self, stage: Stage, params: Params) -> TrainState:
+        """The state at the first step of a stage, nothing carried; traceable."""
+        learning = {name: params[name] for name in self.parts.select(stage.config.trainable)}
+        rng = jax.random.key_data(jax.random.key(self.config.seed))
+        return TrainState(jnp.zeros((), jnp.int32), learning, self._optimizer(stage).init(learning), rng)
+
+    def _fresh_state(self, stage: Stage, params: Params, before: TrainState | None) -> TrainState:
+        """The state at the first step of a stage: the random key goes on, the optimizer only if the stage says so."""
+        shardings = self._state_shardings(jax.eval_shape(lambda p: self._begun(stage, p), params))
+        state = jax.jit(lambda p: self._begun(stage, p), out_shardings=shardings)(params)
+        if before is not None:
+            opt_state = before.opt_state if stage.config.carry_optimizer else state.opt_state
+            state = dataclasses.replace(state, opt_state=opt_state, rng=before.rng)
+        # The jitted copy of the weights is dropped for the weights themselves.
+        return dataclasses.replace(state, params={name: params[name] for name in state.params})
+
+    def _initial(self) -> Params:
+        config = self.config
+        source = config.init or (config.model if isinstance(config.model, str) else None)
+        if source is None:
+            self.say(f"no initial weights given: starting from random ones (seed {config.seed})")
+            return self.parts.random(config.seed)
+        self.say(f"starting from the weights of {source}")
+        return self.parts.split(QwenVL.from_pretrained(source, dtype=config.param_dtype, mesh=self.mesh))
+
+    def _restore(self, store: CheckpointStore, place: dict[str, Any]) -> tuple[Params, TrainState]:
+        stage = self.stages[place["stage"]]
+        weights = {
+            name: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=self.parts.shardings[name])
+            for name, info in self.parts.weights.items()
+        }
+        state = jax.eval_shape(lambda params: self._begun(stage, params), weights)
+        frozen = {name: weight for name, weight in weights.items() if name not in state.params}
+        saved = store.restore({"state": abstract_like(state, self._state_shardings(state)), "frozen": frozen})
+        return saved["frozen"] | saved["state"].params, saved["state"]
+
+    def _export(self, params: Params) -> Path:
+        target = self.out / "model"
+        if not target.exists():
+            with run_folder.new_folder(target) as folder:
+                self.parts.merge(params).save_pretrained(folder)
+                self.processor.save_pretrained(folder)
+        self.say(f"done: {self.config.steps} steps; the model is in {target}")
+        return target
+
+
+def _shape_of(name: str) -> QwenVLConfig:
+    return hf_config.read_config(folders.resolve(name))
+
+
+def _check_ids(shape: QwenVLConfig, processor: Processor) -> None:
+    """Refuses a tokenizer that is not the model's: its marks have other ids, or ids that the model has no row for."""
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        if getattr(shape, name) != getattr(processor, name):
+            raise ConfigError(
+                f"model.{name}={getattr(shape, name)}, but the processor's tokenizer has {getattr(processor, name)}; "
+                "use the tokenizer of the model, or its ids in the model's config."
+            )
+    entries = processor.tokenizer.get_vocab_size()
+    if entries > shape.text.vocab_size:
+        raise ConfigError(
+            f"model.text.vocab_size={shape.text.vocab_size} is smaller than the tokenizer's {entries} entries; "
+            "raise it."
+        )
+
+
+def _make_mesh(config: TrainConfig):
+    sizes = dataclasses.asdict(config.mesh)
+    if not sizes["fsdp"]:
+        others = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
+        sizes["fsdp"] = max(jax.device_count() // others, 1)
+    mesh = make_mesh(**sizes)
+    parts = sizes["data"] * sizes["fsdp"]
+    for stage in config.stages:
+        if stage.batch.rows % parts or (stage.batch.vision and stage.batch.groups % parts):
+            raise ConfigError(
+                f"stage {stage.name}: batch.rows={stage.batch.rows} and batch.groups={stage.batch.groups} must be "
+                f"multiples of the {parts} devices that share a batch (mesh.data * mesh.fsdp); change one of them."
+            )
+    return mesh
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets; the second such signal acts as if nobody listened."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def request(*_):
+        stop.set()
+        restore()
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        restore()

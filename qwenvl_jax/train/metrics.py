@@ -1,0 +1,86 @@
+"""`metrics.jsonl`: one line a step, and no step twice, however often the run was stopped."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class MetricsLog:
+    """Appends a line for each step; opens by cutting off what lies behind the restored step.
+
+    A step's loss is fetched when the next step has been handed to the device, so that writing it makes nothing wait.
+
+    Args:
+      path: of the file.
+      done: steps that the restored checkpoint holds; later lines, and a line half written, are removed.
+    """
+
+    def __init__(self, path: str | os.PathLike, done: int):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+        self._file.truncate(_length_of(self.path, done))
+        self._pending: tuple[dict[str, Any], jax.Array] | None = None
+
+    def push(self, line: dict[str, Any], loss: jax.Array) -> dict[str, Any] | None:
+        """Takes a step's line and its loss, f32[] still being computed; writes and returns the line before it."""
+        written = self.flush()
+        self._pending = (line, loss)
+        return written
+
+    def flush(self) -> dict[str, Any] | None:
+        """Writes the line that waits, if there is one, and returns it."""
+        if self._pending is None:
+            return None
+        line, loss = self._pending
+        self._pending = None
+        line = {"step": line["step"], "loss": float(loss), **line}
+        # One write, so that another process sees whole lines.
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        return line
+
+    def sync(self) -> None:
+        """Writes what waits, and has the disk keep it: before a checkpoint says that these steps are done."""
+        self.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file; a waiting line is not written."""
+        self._file.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The whole lines of a `metrics.jsonl`; a half-written last line is left out."""
+    lines = []
+    with Path(path).open("rb") as file:
+        for text in file:
+            line = _parsed(text)
+            if line is None:
+                break
+            lines.append(line)
+    return lines
+
+
+def _length_of(path: Path, done: int) -> int:
+    """Bytes of the lines up to step `done`."""
+    length = 0
+    with path.open("rb") as file:
+        for text in file:
+            line = _parsed(text)
+            if line is None or line["step"] > done:
+                break
+            length += len(text)
+    return length
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """A line, or None if it is not whole."""
+    try:
+        line = json.loads(text) if text.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
