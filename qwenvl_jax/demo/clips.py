@@ -129,33 +129,46 @@ def describe_clip(seed: int, index: int, split: str) -> Clip:
     Raises:
       DataError: for a split that does not exist.
     """
+    clip = outline_clip(seed, index, split)
+    rng = np.random.default_rng([seed, index, SPLITS.index(split), 1])
+    events = []
+    for event in clip.events:
+        events.append(_placed(event, events, clip, rng))
+    return dataclasses.replace(clip, events=tuple(events))
+
+
+def outline_clip(seed: int, index: int, split: str) -> Clip:
+    """`describe_clip` without the paths of the objects, all left at (0, 0): what happens when, and nothing else.
+
+    Raises:
+      DataError: for a split that does not exist.
+    """
     if split not in SPLITS:
         raise DataError(f"split={split!r} is not one of {', '.join(SPLITS)}; choose one of them.")
     rng = np.random.default_rng([seed, index, SPLITS.index(split)])
     width, height = FRAME_SIZES[rng.integers(len(FRAME_SIZES))]
     frame_rate = FRAME_RATES[rng.integers(len(FRAME_RATES))]
-    frames = round(rng.uniform(SHORTEST, LONGEST) * float(fractions.Fraction(frame_rate)))
-    duration = frames / float(fractions.Fraction(frame_rate))
+    fps = float(fractions.Fraction(frame_rate))
+    frames = round(rng.uniform(SHORTEST, LONGEST) * fps)
     shapes = {}
     for colour, shape in combinations(split):
         shapes.setdefault(colour, []).append(shape)
     events = []
-    for colour in rng.permutation(list(COLOURS))[: rng.integers(2, 5)]:
-        colour = str(colour)
-        start = rng.uniform(0.3, duration - 1.5)
-        end = rng.uniform(start + 1.0, duration)
+    for colour in map(str, rng.permutation(list(COLOURS))[: rng.integers(2, 5)]):
+        start = rng.uniform(0.3, frames / fps - 1.5)
+        end = rng.uniform(start + 1.0, frames / fps)
         shape = shapes[colour][rng.integers(len(shapes[colour]))]
-        plain = Event(colour, shape, round(start, 4), round(end, 4), int(rng.integers(18, 27)), 0.0, 0.0, 0.0, 0.0)
-        events.append(_placed(plain, events, width, height, duration, rng))
+        events.append(Event(colour, shape, round(start, 4), round(end, 4), int(rng.integers(18, 27)), 0, 0, 0, 0))
     level, slope_x, slope_y = rng.uniform(50, 205), rng.uniform(-40, 40), rng.uniform(-40, 40)
     corners = [level + sx * slope_x / 2 + sy * slope_y / 2 for sy in (-1, 1) for sx in (-1, 1)]
-    background = tuple(round(min(max(corner, 10.0), 245.0), 1) for corner in corners)
+    background = tuple(round(float(corner), 1) for corner in corners)
     return Clip(seed, index, split, width, height, frame_rate, frames, background, tuple(events))
 
 
-def _placed(event: Event, others: Sequence[Event], width: int, height: int, duration: float, rng) -> Event:
+def _placed(event: Event, others: Sequence[Event], clip: Clip, rng: np.random.Generator) -> Event:
     """`event` on the one of a few random paths that keeps it farthest from the other objects, so that all are seen."""
-    times_T = np.arange(0.0, duration, 0.25)
+    width, height = clip.width, clip.height
+    times_T = np.arange(0.0, clip.duration, 0.25)
     candidates = []
     for _ in range(8):
         x, y = rng.uniform(0, width - event.side), rng.uniform(0, height - event.side)

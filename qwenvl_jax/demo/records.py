@@ -16,7 +16,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -102,3 +103,40 @@ def questions_and_answers(clip: Clip, sighting: Sighting, order: Sequence[int]) 
         messages.append({"role": "user", "content": question(name)})
         messages.append({"role": "assistant", "content": answer(name, *sighting.span(e))})
     return messages
+
+
+def write_records(target: str | os.PathLike, conversations: Iterable[tuple[str, list[dict]]]) -> pathlib.Path:
+    """Writes (id, conversation) pairs as the JSONL file that `qwenvl_jax.data.sources` reads; whole or not at all.
+
+    Paths of media stand in it relative to the file, so that the folder can be moved.
+    """
+    target = pathlib.Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for name, messages in conversations:
+            record = {"id": name, "messages": [_relative(message, target.parent) for message in messages]}
+            file.write(json.dumps(record) + "\n")
+    unfinished.replace(target)
+    return target
+
+
+def _relative(message: dict, folder: pathlib.Path) -> dict:
+    if isinstance(message["content"], str):
+        return message
+    parts = [
+        {**part, "video": os.path.relpath(part["video"], folder)} if part["type"] == "video" else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+def training_conversations(
+    clips: Sequence[tuple[pathlib.Path, Clip]], seed: int, passes: int = 1, longest: float = math.inf
+) -> Iterable[tuple[str, list[dict]]]:
+    """(id, conversation) of clips of at most `longest` seconds; each pass asks for the events in another order."""
+    for number in range(passes):
+        for path, clip in clips:
+            if clip.duration <= longest:
+                rng = np.random.default_rng([seed, clip.index, number])
+                yield f"clip-{clip.index}-{number}", conversation(clip, path, rng)

@@ -62,8 +62,14 @@ CHAT_TEMPLATE = """\
 
 _PATCHES = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
 _LEVELS = {
-    **{"do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3},
-    **{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_resize": True},
+    "do_convert_rgb": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "resample": 3,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "do_resize": True,
 }
 
 

@@ -10,7 +10,7 @@ Only pairs of colour and shape that training clips show are named, and no pixel 
 
 import numpy as np
 
-from qwenvl_jax.demo.clips import Clip, describe_clip
+from qwenvl_jax.demo.clips import Clip, outline_clip
 from qwenvl_jax.demo.records import Sighting, questions_and_answers, sight
 from qwenvl_jax.demo.vocabulary import SAMPLED_FPS
 
@@ -27,7 +27,7 @@ def told(clip: Clip, sighting: Sighting, rng: np.random.Generator) -> str:
 
 def text_conversation(seed: int, index: int, fps: float = SAMPLED_FPS) -> list[dict]:
     """Warm-up conversation number `index`: a pure function of its arguments."""
-    clip = describe_clip(seed, index, "train")
+    clip = outline_clip(seed, index, "train")
     rng = np.random.default_rng([seed, index])
     sighting = sight(clip, fps)
     messages = questions_and_answers(clip, sighting, [int(e) for e in rng.permutation(len(clip.events))])
