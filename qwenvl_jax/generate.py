@@ -89,7 +89,7 @@ def generate(
         raise QwenVLError(f"max_new_tokens={max_new_tokens!r} must be a positive integer.")
     if not _is_int(seed) or not 0 <= seed < 2**32:
         raise QwenVLError(f"seed={seed!r} must be an integer from 0 to 2**32 - 1.")
-    if isinstance(conversations, (str, dict)) or any(isinstance(messages, (str, dict)) for messages in conversations):
+    if not isinstance(conversations, (list, tuple)) or not all(isinstance(one, (list, tuple)) for one in conversations):
         raise QwenVLError(
             "conversations must be a list of conversations, each a list of messages; put a single conversation into a "
             "list of its own."
