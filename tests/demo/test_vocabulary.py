@@ -1,11 +1,9 @@
 """The demo's tokenizer and processor folder."""
 
-from transformers import AutoProcessor
-
 from qwenvl_jax.demo import vocabulary
 from qwenvl_jax.demo.clips import COLOURS, HELD_OUT, SHAPES
 from qwenvl_jax.demo.records import answer, question
-from tests.parity import reference  # noqa: F401  (lets transformers import torchvision)
+from tests.parity.reference import transformers
 
 
 def test_the_tokenizer_is_the_same_every_time_and_small():
@@ -35,7 +33,7 @@ def test_any_text_survives():
 
 
 def test_transformers_loads_the_folder(tmp_path):
-    processor = AutoProcessor.from_pretrained(vocabulary.write_processor_folder(tmp_path))
+    processor = transformers.AutoProcessor.from_pretrained(vocabulary.write_processor_folder(tmp_path))
     messages = [
         {"role": "user", "content": [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "When?"}]},
         {"role": "assistant", "content": "Now."},
