@@ -109,7 +109,7 @@ def _bad_files(clips, folder):
         "cut.gif": (gif[: len(gif) * 2 // 3], "truncated"),
         "concat.mp4": (f"ffconcat version 1.0\nfile '{secret}'\n".encode(), "playlist"),
         "hls.mp4": (f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{secret}\n#EXT-X-ENDLIST\n".encode(), "playlist"),
-        "picture.mp4": (b"P6 8 8 255\n" + bytes(192), "playlist"),
+        "picture.mp4": (b"P6 8 8 255\n" + bytes(192), "not a video"),
     }
 
 
