@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-_IN, _OUT = "abc", "xyz"
-
+from qwenvl_jax.ops.products import project
 
 def _like(weight, x):
     """The weight in the dtype and, by leading axes of size 1, the rank of x: no rank is promoted in silence."""
@@ -43,12 +42,11 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=names)
         else:
             self.bias = None
-        self.inputs, self.outputs = len(inputs), len(outputs)
+        self.inputs = len(inputs)
 
     def __call__(self, x):
         """Maps [..., *inputs] to [..., *outputs] in the dtype of x."""
-        inputs, outputs = _IN[: self.inputs], _OUT[: self.outputs]
-        y = jnp.einsum(f"...{inputs},{inputs}{outputs}->...{outputs}", x, self.kernel[...].astype(x.dtype))
+        y = project(x, self.kernel[...].astype(x.dtype), self.inputs)
         return y if self.bias is None else y + _like(self.bias[...], y)
 
 

@@ -3,6 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+# Queries are taken in at most this many blocks, each against the keys it can see: a causal row then costs little more
+# than the half that counts, and scores are never held for all queries at once.
+_MAX_BLOCKS = 8
+_MIN_BLOCK = 128
+
 
 def attention(q_BTNE, k_BSKE, v_BSKE, *, q_segments_BT, kv_segments_BS, causal: bool):
     """Scaled dot-product attention within segments.
@@ -28,11 +33,31 @@ def attention(q_BTNE, k_BSKE, v_BSKE, *, q_segments_BT, kv_segments_BS, causal: 
     """
     B, T, N, E = q_BTNE.shape
     S, K = k_BSKE.shape[1:3]
-    q_BTKNE = q_BTNE.reshape(B, T, K, N // K, E)
-    scores = jnp.einsum("btkne,bske->bknts", q_BTKNE, k_BSKE, preferred_element_type=jnp.float32)
-    allowed_BTS = q_segments_BT[:, :, None] == kv_segments_BS[:, None, :]
-    if causal:
-        allowed_BTS &= jnp.tril(jnp.ones((T, S), bool))[None]
-    scores = jnp.where(allowed_BTS[:, None, None], scores * jnp.float32(E**-0.5), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKE.dtype)
-    return jnp.einsum("bknts,bske->btkne", weights, v_BSKE).reshape(B, T, N, E)
+    # Heads lead, so that both products are plain batched matrix products: [queries, E] x [E, keys] for each head.
+    q_BKNTE = q_BTNE.reshape(B, T, K, N // K, E).transpose(0, 2, 3, 1, 4)
+    k_BKES, v_BKSE = k_BSKE.transpose(0, 2, 3, 1), v_BSKE.transpose(0, 2, 1, 3)
+    block = max(_MIN_BLOCK, -(-T // _MAX_BLOCKS))
+    outputs = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        seen = stop if causal else S
+        allowed_BTS = q_segments_BT[:, start:stop, None] == kv_segments_BS[:, None, :seen]
+        if causal:
+            slots_T, slots_S = jnp.arange(start, stop)[:, None], jnp.arange(seen)[None, :]
+            allowed_BTS &= (slots_T >= slots_S)[None]
+        outputs.append(
+            _attend(q_BKNTE[:, :, :, start:stop], k_BKES[..., :seen], v_BKSE[:, :, :seen], allowed_BTS[:, None, None])
+        )
+    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, E)
+
+
+def _attend(q_BKNTE, k_BKES, v_BKSE, allowed_B11TS):
+    """Every query against every key: [B, K, N/K, T, E]."""
+    B, K, N, T, E = q_BKNTE.shape
+    heads = ((0, 1), (0, 1))
+    q = q_BKNTE.reshape(B, K, N * T, E)
+    scores = jax.lax.dot_general(q, k_BKES, (((3,), (2,)), heads), preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, K, N, T, -1) * jnp.float32(E**-0.5)
+    scores = jnp.where(allowed_B11TS, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSE.dtype).reshape(B, K, N * T, -1)
+    return jax.lax.dot_general(weights, v_BKSE, (((3,), (2,)), heads)).reshape(B, K, N, T, E)
