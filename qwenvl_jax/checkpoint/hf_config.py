@@ -138,21 +138,17 @@ _TOKEN_IDS = {
 
 
 def _text(section: "_Section", tied: bool) -> TextConfig:
-    head_dim = section.get("head_dim", int, 128)
-    heads = section.get("num_attention_heads", int)
-    kv_heads = section.get("num_key_value_heads", int)
-    for name, count in (("num_attention_heads", heads), ("num_key_value_heads", kv_heads), ("head_dim", head_dim)):
-        if count < 1:
-            raise section.error(name, "a positive integer", count)
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    numbers = {key: section.get(key, int) for key in (*required, "num_key_value_heads")}
+    optional = ("head_dim", "max_position_embeddings")
+    numbers |= {key: section.get(key, int, _defaults(TextConfig)[key]) for key in optional}
+    section.check_positive(numbers)
+    if numbers["head_dim"] % 2:
+        raise section.error("head_dim", "even", numbers["head_dim"])
     config = TextConfig(
-        **{key: section.get(key, int) for key in ("vocab_size", "hidden_size", "intermediate_size")},
-        num_hidden_layers=section.get("num_hidden_layers", int),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
+        **numbers,
         rms_norm_eps=section.get("rms_norm_eps", float, 1e-6),
-        rope=_rope(section, head_dim),
-        max_position_embeddings=section.get("max_position_embeddings", int, 262144),
+        rope=_rope(section, numbers["head_dim"]),
         tie_word_embeddings=tied,
     )
     layer_types = section.get("layer_types", list, [])
@@ -160,6 +156,10 @@ def _text(section: "_Section", tied: bool) -> TextConfig:
         raise section.error("layer_types", "full_attention throughout", layer_types)
     section.finish(_ONLY_TEXT)
     return config
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 def _rope(section: "_Section", head_dim: int) -> RopeConfig:
@@ -195,13 +195,11 @@ def _vision(section: "_Section") -> VisionConfig:
         raise section.error("deepstack_visual_indexes", "increasing layer numbers", indexes)
     required = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")
     optional = ("num_position_embeddings", "temporal_patch_size", "spatial_merge_size", "in_channels")
-    defaults = {field.name: field.default for field in dataclasses.fields(VisionConfig)}
+    defaults = _defaults(VisionConfig)
     numbers = {key: section.get(key, int) for key in required}
     numbers |= {key: section.get(key, int, defaults[key]) for key in optional}
     numbers["patch_size"] = section.square("patch_size", defaults["patch_size"])
-    for key, value in numbers.items():
-        if value < 1:
-            raise section.error(key, "a positive integer", value)
+    section.check_positive(numbers)
     act = section.get("hidden_act", str, defaults["hidden_act"])
     acts = ("gelu_pytorch_tanh", "gelu", "silu")
     if act not in acts:
@@ -248,6 +246,12 @@ class _Section:
             self.read.add(key)
             return value[0]
         return self.get(key, int, default)
+
+    def check_positive(self, numbers: Mapping[str, int]) -> None:
+        """Refuses the first number below 1."""
+        for key, value in numbers.items():
+            if value < 1:
+                raise self.error(key, "a positive integer", value)
 
     def section(self, key: str) -> "_Section":
         """The object under a key."""

@@ -160,6 +160,12 @@ def match(
     Raises:
       CheckpointError: tensors are missing, unexpected, misshaped or not of floating point; all of them in one line.
     """
+    layers = max(config.text.num_hidden_layers, config.vision.depth)
+    if layers > len(headers):  # said before the names of that many layers are spelled out
+        raise CheckpointError(
+            f"{folder}: config.json asks for {layers} layers, but the files hold only {len(headers)} tensors; use the "
+            "config.json that belongs to the weights."
+        )
     wanted = {name: entry.shape for entry in hf.tensor_table(config) for name in entry.names()}
     stored: dict[str, str] = {}
     unexpected, faulty = [], []

@@ -124,6 +124,8 @@ REFUSED = {
     "not a number": ({"text_config.hidden_size": "20"}, 'text_config.hidden_size must be an integer, but is "20"'),
     "no bool": ({"text_config.num_hidden_layers": True}, "must be an integer, but is true"),
     "zero heads": ({"text_config.num_key_value_heads": 0}, "must be a positive integer, but is 0"),
+    "no layers": ({"text_config.num_hidden_layers": -2}, "num_hidden_layers must be a positive integer, but is -2"),
+    "odd head": ({"text_config.head_dim": 11}, "head_dim must be even, but is 11"),
     "widths": ({"vision_config.out_hidden_size": 24}, "vision.out_hidden_size=24 must equal"),
     "unknown key": (
         {"text_config.hiden_size": 3},

@@ -121,6 +121,9 @@ def test_config_of_another_model(single):
     config["text_config"]["num_hidden_layers"] = 40
     (single / "config.json").write_text(json.dumps(config))
     assert "and 395 more" in refused(single, "407 missing")
+    config["text_config"]["num_hidden_layers"] = 10**12
+    (single / "config.json").write_text(json.dumps(config))
+    refused(single, "asks for 1000000000000 layers, but the files hold only")
 
 
 @pytest.mark.parametrize("damage", ["cut", "cut in header", "empty", "random", "lying offsets", "huge header"])
