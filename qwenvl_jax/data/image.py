@@ -187,10 +187,17 @@ def _taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 @functools.cache
 def _kernels():
-    """The two passes, compiled at first use; numba is imported only then."""
+    """The two passes, compiled at first use and then kept on disk; numba is imported only then."""
     import numba
 
-    @numba.njit(cache=True, nogil=True)
+    try:
+        return _compile(numba.njit(cache=True, nogil=True))
+    except RuntimeError:  # neither the package nor the user's cache folder can be written
+        return _compile(numba.njit(nogil=True))
+
+
+def _compile(jit):
+    @jit
     def horizontal(image, first, count, weights, bits, out):
         half = np.int32(1) << np.int32(bits - 1) if bits > 0 else np.int32(0)
         for y in range(image.shape[0]):
@@ -206,7 +213,7 @@ def _kernels():
                 out[y, x, 1] = min(max(green >> bits, 0), 255)
                 out[y, x, 2] = min(max(blue >> bits, 0), 255)
 
-    @numba.njit(cache=True, nogil=True)
+    @jit
     def vertical(image, first, count, weights, bits, out):
         half = np.int32(1) << np.int32(bits - 1) if bits > 0 else np.int32(0)
         row = np.empty(image.shape[1], np.int32)

@@ -27,15 +27,16 @@ TIME_LIMIT_SECONDS = 600.0
 MAX_FRAME_PIXELS = 64 * 1024 * 1024
 MAX_LISTING_BYTES = 256 * 1024 * 1024
 MAX_SELECTED = 1024  # beyond as many frames the filter's expression gets long, and picking them here is cheaper
-# Containers that carry times. Playlists (concat, hls, dash) would open other files; raw streams have no times to tell.
-DEMUXERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,apng,ivf,nut"
+# Containers that carry times and show where a file was cut off. Playlists (concat, hls, dash) would open other files,
+# raw streams have no times to tell, and a cut Ogg, FLV or ASF looks whole.
+DEMUXERS = "mov,matroska,webm,avi,mpegts,gif"
 
 # What ffmpeg says, without failing, about files that end before their header says they do.
 _CUT_SHORT = re.compile(r"ended prematurely|partial file|truncat", re.IGNORECASE)
 _DISCARDED = 0x4  # packet flag: needed to decode others, but outside the edit list and never shown
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class VideoFrames:
     """Frames chosen by the caller, used as they are.
 
@@ -103,7 +104,7 @@ class VideoFrames:
         return self.frames.shape[2]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class VideoInfo:
     """What a video file says about the frames it shows, in the order it shows them.
 
@@ -162,7 +163,7 @@ def probe(path: str | Path) -> VideoInfo:
       MediaError: the file is missing, empty, truncated, no video, a playlist, or says nothing about times.
     """
     path = check_file(path, "video")
-    _check_boxes(path)
+    _check_ends(path)
     command = _command(path, format="framecrc", c="copy")
     with _Child(command, path) as child:
         listing = child.stdout.read(MAX_LISTING_BYTES).decode("ascii", "replace")
@@ -195,7 +196,7 @@ def read_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[np.ndarray]:
         )
     picked = len(wanted) <= MAX_SELECTED
     sent = wanted if picked else np.arange(wanted[0], wanted[-1] + 1)
-    expression = "+".join(f"eq(n,{i})" for i in wanted) if picked else f"between(n,{wanted[0]},{wanted[-1]})"
+    expression = _one_of(wanted.tolist()) if picked else f"between(n,{wanted[0]},{wanted[-1]})"
     command = _command(info.path, select=expression, format="rawvideo", pix_fmt="rgb24", **_keep_timestamps())
     times_wanted = dict(zip(wanted.tolist(), repeats.tolist(), strict=True))
     with _Child(command, info.path, TIME_LIMIT_SECONDS + 2 * info.duration) as child:
@@ -208,6 +209,14 @@ def read_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[np.ndarray]:
                 yield frame
         messages = child.finish()
     _check_shown(info, sent, messages)
+
+
+def _one_of(numbers: list[int]) -> str:
+    """ffmpeg's expression for n being one of these: a search tree, since it refuses a sum of more than 100 terms."""
+    if len(numbers) == 1:
+        return f"eq(n,{numbers[0]})"
+    half = len(numbers) // 2
+    return f"if(lt(n,{numbers[half]}),{_one_of(numbers[:half])},{_one_of(numbers[half:])})"
 
 
 def _check_shown(info: VideoInfo, sent: np.ndarray, messages: str):
@@ -301,7 +310,7 @@ def _raise_for(path: Path, code: int, messages: str):
     if re.search(r"not (on|in) (the )?whitelist|m3u8", messages, re.IGNORECASE):
         raise MediaError(
             f"video {path} is a playlist, a raw stream without times, or in a container that is not read; give an MP4, "
-            "MOV, MKV, WebM, AVI or TS file."
+            "MOV, MKV, WebM, AVI, TS or GIF file."
         )
     if "matches no streams" in messages:
         raise MediaError(f"video {path} has no video stream (audio only?); give a file with pictures.")
@@ -310,25 +319,31 @@ def _raise_for(path: Path, code: int, messages: str):
     said = [
         re.sub(r"^(\[[^\]]*\] )+", "", line) for line in messages.splitlines() if re.search(r"\[(error|fatal)\]", line)
     ]
-    reason = said[0].strip() if said else f"exit status {code}"
+    reason = said[0].strip()[:200] if said else f"exit status {code}"
+    if "Input #0" in messages:
+        raise MediaError(f"video {path} is truncated or damaged ({reason}); copy or make it again.")
     raise MediaError(
         f"video {path} is not a video that ffmpeg can read ({reason}); copy it again, or convert it to MP4."
     )
 
 
-def _check_boxes(path: Path):
-    """Refuses an MP4 or MOV that is shorter than its boxes, and a GIF without its end mark.
+def _check_ends(path: Path):
+    """Refuses an MP4 or MOV that is shorter than its boxes, a GIF without its end mark, a TS that ends within a packet.
 
-    ffmpeg takes the end of such a file for the end of the film when it falls between two packets.
+    ffmpeg takes the end of such a file for the end of the film when it falls between two frames.
     """
     with open(path, "rb") as file:
         length = file.seek(0, 2)
         file.seek(0)
-        head = file.read(12)
+        head = file.read(189)
         if head[:4] == b"GIF8":
-            file.seek(max(0, length - 16))
-            if not file.read().rstrip(b"\0").endswith(b";"):
+            file.seek(max(0, length - 64))
+            if not file.read().rstrip(b"\0").endswith(b"\0;"):
                 raise MediaError(f"video {path} is truncated: the end mark of a GIF is missing; copy it again.")
+        if head[:1] == head[188:] == b"G" and length % 188:
+            raise MediaError(
+                f"video {path} is truncated: it ends within a packet of its transport stream; copy it again."
+            )
         if head[4:8] not in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
             return
         start, seen = 0, set()

@@ -75,7 +75,10 @@ def test_an_edit_list_hides_frames_and_times_start_at_the_first_shown(clips):
     assert numbers == list(range(30 - len(numbers), 30))
 
 
-def test_many_frames_are_picked_one_by_one(clips, monkeypatch):
+def test_many_frames(clips, tmp_path, monkeypatch):
+    info = probe(write_clip(tmp_path / "long.mp4", numbered_frames(40, 16, 16).repeat(40, axis=0), fps="30"))
+    wanted = np.sort(np.random.default_rng(0).permutation(1600)[:768])
+    assert [number_of(f) for f in read_frames(info, wanted)] == (wanted // 40).tolist()
     info = probe(clips / "cfr30.mp4")
     monkeypatch.setattr("qwenvl_jax.data.video.MAX_SELECTED", 3)
     assert [number_of(f) for f in read_frames(info, np.array([2, 5, 5, 9, 11]))] == [2, 5, 5, 9, 11]
@@ -93,6 +96,7 @@ def _bad_files(clips, folder):
     fast = folder / "fast.mp4"
     ffmpeg("-i", clips / "cfr30.mp4", "-c", "copy", "-movflags", "+faststart", fast)
     fast_bytes, mkv = fast.read_bytes(), (clips / "ntsc.mkv").read_bytes()
+    ts = (clips / "ntsc.ts").read_bytes()
     ffmpeg("-f", "lavfi", "-i", "sine=duration=1", "-c:a", "aac", folder / "audio.mp4")
     ffmpeg("-i", clips / "cfr12.mp4", folder / "whole.gif")
     gif = (folder / "whole.gif").read_bytes()
@@ -106,6 +110,7 @@ def _bad_files(clips, folder):
         "cut.mp4": (fast_bytes[: len(fast_bytes) * 2 // 3], "truncated"),
         "cut_a_little.mp4": (fast_bytes[:-1], "truncated"),
         "cut.mkv": (mkv[: len(mkv) * 2 // 3], "truncated"),
+        "cut.ts": (ts[: len(ts) * 2 // 3 // 188 * 188 + 40], "truncated"),
         "cut.gif": (gif[: len(gif) * 2 // 3], "truncated"),
         "concat.mp4": (f"ffconcat version 1.0\nfile '{secret}'\n".encode(), "playlist"),
         "hls.mp4": (f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{secret}\n#EXT-X-ENDLIST\n".encode(), "playlist"),
