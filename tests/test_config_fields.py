@@ -46,7 +46,7 @@ SHAPES = {
 VALUES = {
     "text.rms_norm_eps": 1e-2,
     "text.rope.theta": 10.0,
-    "text.rope.mrope_section": (3, 1, 1),
+    "text.rope.mrope_section": (4, 0, 1),
     "text.rope.mrope_interleaved": False,
     "vision.deepstack_visual_indexes": (0, 3),
     "vision.hidden_act": "silu",
