@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwenvl_jax.data.video import ffmpeg_program
+from qwenvl_jax.data.video import ffmpeg_program, ffmpeg_version, keep_timestamps
 
 STEP = 4
 
@@ -48,13 +48,28 @@ def write_clip(
       milliseconds: time of each frame in place of a constant rate.
       options: further output options.
     """
-    timing = []
+    timing, after = [], []
     if milliseconds is not None:
         times = "+".join(f"eq(N,{i})*{t}" for i, t in enumerate(milliseconds))
-        timing = ["-vf", f"settb=1/1000,setpts='{times}'", "-fps_mode", "passthrough", "-enc_time_base", "1:1000"]
+        timing = ["-vf", f"settb=1/1000,setpts='{times}'", "-enc_time_base", "1:1000"]
+        timing += [word for key, value in keep_timestamps().items() for word in (f"-{key}", value)]
+        if ffmpeg_version() >= (4, 4):
+            after = [
+                "-bsf:v",
+                "setts=duration=40",
+            ]  # without one, some versions leave the last frame out of the edit list
     size = f"{frames.shape[2]}x{frames.shape[1]}"
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", fps, "-i", "pipe:"]
     pixels = "yuv444p" if frames.shape[1] % 2 or frames.shape[2] % 2 else "yuv420p"
     encoder = ["-c:v", "libx264", "-preset", "ultrafast", "-qp", "4", "-pix_fmt", pixels]
-    ffmpeg(*source, *timing, *encoder, *options, path, stdin=frames.tobytes())
+    ffmpeg(*source, *timing, *encoder, *after, *options, path, stdin=frames.tobytes())
+    return path
+
+
+def write_turned(path: Path, source: Path) -> Path:
+    """Copies a clip, adding the note that it is to be shown turned by 90 degrees to the left."""
+    if ffmpeg_version() < (6, 0):
+        ffmpeg("-i", source, "-c", "copy", "-metadata:s:v:0", "rotate=90", path)
+    else:
+        ffmpeg("-display_rotation", "90", "-i", source, "-c", "copy", path)
     return path

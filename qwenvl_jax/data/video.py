@@ -146,12 +146,16 @@ def ffmpeg_program() -> str:
 
 
 @functools.cache
-def _keep_timestamps() -> dict[str, str]:
-    """The output option that passes every frame on once; it was renamed in ffmpeg 5.1."""
+def ffmpeg_version() -> tuple[int, int]:
+    """(major, minor) of `ffmpeg_program()`; that of a build without a number is taken to be high."""
     text = subprocess.run([ffmpeg_program(), "-version"], capture_output=True, text=True, check=False).stdout
     version = re.match(r"ffmpeg version n?(\d+)\.(\d+)", text)
-    old = version is not None and (int(version[1]), int(version[2])) < (5, 1)
-    return {"vsync": "passthrough"} if old else {"fps_mode": "passthrough"}
+    return (int(version[1]), int(version[2])) if version else (99, 0)
+
+
+def keep_timestamps() -> dict[str, str]:
+    """The output option that passes every frame on once, at its own time; it was renamed in ffmpeg 5.1."""
+    return {"vsync": "passthrough"} if ffmpeg_version() < (5, 1) else {"fps_mode": "passthrough"}
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -197,7 +201,7 @@ def read_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[np.ndarray]:
     picked = len(wanted) <= MAX_SELECTED
     sent = wanted if picked else np.arange(wanted[0], wanted[-1] + 1)
     expression = _one_of(wanted.tolist()) if picked else f"between(n,{wanted[0]},{wanted[-1]})"
-    command = _command(info.path, select=expression, format="rawvideo", pix_fmt="rgb24", **_keep_timestamps())
+    command = _command(info.path, select=expression, format="rawvideo", pix_fmt="rgb24", **keep_timestamps())
     times_wanted = dict(zip(wanted.tolist(), repeats.tolist(), strict=True))
     with _Child(command, info.path, TIME_LIMIT_SECONDS + 2 * info.duration) as child:
         for number in sent.tolist():
@@ -246,7 +250,9 @@ def _command(path: Path, *, select: str | None = None, **output) -> list[str]:
     source = ffmpeg.input(f"file:{path.absolute()}", protocol_whitelist="file,pipe", format_whitelist=DEMUXERS)
     stream = source["V:0"]  # upper case: no cover pictures
     if select is not None:
-        stream = stream.filter("select", select).filter("showinfo", checksum=0)
+        stream = stream.filter("select", select).filter(
+            "showinfo", **({} if ffmpeg_version() < (4, 3) else {"checksum": 0})
+        )
     options = ["-nostdin", "-hide_banner", "-nostats", "-xerror", "-copyts", "-loglevel", "level+info"]
     return [ffmpeg_program(), *options, *ffmpeg.get_args(ffmpeg.output(stream, "pipe:", **output))]
 
@@ -400,17 +406,17 @@ def _packets(listing: str) -> tuple[list[int], list[int], Fraction] | None:
 
 def _times_by_decoding(path: Path) -> tuple[list[int], list[int], Fraction]:
     """The same as `_packets`, from the decoder, which knows the times that some containers leave out."""
-    command = _command(path, select="1", format="null", **_keep_timestamps())
+    command = _command(path, select="1", format="null", **keep_timestamps())
     with _Child(command, path) as child:
         messages = child.finish()
-    frames = re.findall(r"\] n: *\d+ pts: *(-?\d+|NOPTS) .*? duration: *(-?\d+|NOPTS) ", messages)
+    frames = re.findall(r"\] n: *\d+ pts: *(-?\d+|NOPTS) (?:.*? duration: *(\d+) )?", messages)
     base = re.search(r"config in time_base: (\d+/\d+)", messages)
     if not base or any(pts == "NOPTS" for pts, _ in frames):
         raise MediaError(
             f"video {path} does not tell the times of its frames, and they are never guessed; re-encode it with "
             "`ffmpeg -i IN OUT.mp4`."
         )
-    return [int(pts) for pts, _ in frames], [int(d) if d != "NOPTS" else 0 for _, d in frames], Fraction(base[1])
+    return [int(pts) for pts, _ in frames], [int(d or 0) for _, d in frames], Fraction(base[1])
 
 
 def _timeline(

@@ -7,9 +7,9 @@ import pytest
 
 from qwenvl_jax.data.video import VideoFrames, probe, read_frames
 from qwenvl_jax.errors import MediaError
-from tests.media import ffmpeg, number_of, numbered_frames, write_clip
+from tests.media import ffmpeg, number_of, numbered_frames, write_clip, write_turned
 
-VFR = [0, 40, 80, 120, 500, 540, 600, 1000, 1033, 1500, 1700, 1701]
+VFR = [0, 40, 80, 120, 500, 540, 600, 1000, 1033, 1500, 1700, 1790]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def clips(tmp_path_factory):
     write_clip(folder / "ntsc.mp4", numbered_frames(30, 48, 64), fps="30000/1001", options=["-bf", "2"])
     write_clip(folder / "vfr.mp4", numbered_frames(12, 48, 64), milliseconds=VFR)
     write_clip(folder / "odd.mp4", numbered_frames(6, 33, 51), fps="10")
-    ffmpeg("-display_rotation", "90", "-i", plain, "-c", "copy", folder / "rotated.mp4")
+    write_turned(folder / "rotated.mp4", plain)
     ffmpeg("-ss", "0.52", "-i", folder / "cfr30.mp4", "-c", "copy", folder / "edited.mp4")
     ffmpeg("-itsoffset", "1.5", "-i", plain, "-c", "copy", folder / "offset.mp4")
     ffmpeg("-i", folder / "ntsc.mp4", "-c", "copy", folder / "ntsc.mkv")
