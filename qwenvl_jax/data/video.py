@@ -315,8 +315,8 @@ def _raise_for(path: Path, code: int, messages: str):
         return
     if re.search(r"not (on|in) (the )?whitelist|m3u8", messages, re.IGNORECASE):
         raise MediaError(
-            f"video {path} is a playlist, a raw stream without times, or in a container that is not read; give an MP4, "
-            "MOV, MKV, WebM, AVI, TS or GIF file."
+            f"video {path} is a playlist, sound alone, a raw stream without times, or in a container that is not read; "
+            "give an MP4, MOV, MKV, WebM, AVI, TS or GIF file."
         )
     if "matches no streams" in messages:
         raise MediaError(f"video {path} has no video stream (audio only?); give a file with pictures.")
