@@ -19,6 +19,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture
+def optax_promotes():
+    """For tests that take optimizer steps in this process: optax promotes dtypes implicitly."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A whole model folder, of random weights, with tokenizer and processor; not to be changed."""
