@@ -46,15 +46,15 @@ class QwenVL(nnx.Module):
 
         pretrained.save(self, out_dir)
 
-    def __call__(self, batch: Batch, *, remat: bool = False):
+    def __call__(self, batch: Batch):
         """Logits of every token slot: f32[B, T, V]. Those of padding mean nothing."""
-        return self.text.logits(self.hidden(batch, remat=remat))
+        return self.text.logits(self.hidden(batch))
 
-    def hidden(self, batch: Batch, *, remat: bool = False):
-        """The decoder's output after its last norm, [B, T, H]: what a chunked loss reads."""
-        return self._decode_rows(batch, remat)[0]
+    def hidden(self, batch: Batch, *, remat: bool = False, unroll: bool = False):
+        """The decoder's output after its last norm, [B, T, H]: what a chunked loss reads. Options as in `scan_layers`."""
+        return self._decode_rows(batch, remat=remat, unroll=unroll)[0]
 
-    def encode(self, batch: Batch, *, remat: bool = False):
+    def encode(self, batch: Batch, *, remat: bool = False, unroll: bool = False):
         """Runs the tower and the mergers.
 
         Returns:
@@ -62,7 +62,7 @@ class QwenVL(nnx.Module):
         """
         merged, deep = [], []
         for rows in batch.vision:
-            last, taps = self.vision(rows, self.dtype, remat)
+            last, taps = self.vision(rows, self.dtype, remat=remat, unroll=unroll)
             G = last.shape[0]
             merged.append(self.merger(last).reshape(G, -1, self.config.text.hidden_size))
             if self.deepstack is not None:
@@ -80,7 +80,7 @@ class QwenVL(nnx.Module):
         Returns:
           (logits f32[B, V] of each row's next token, the cache).
         """
-        x_BTH, (keys, values) = self._decode_rows(batch, remat=False)
+        x_BTH, (keys, values) = self._decode_rows(batch)
         lengths_B = jnp.sum(batch.segment_ids > 0, axis=1).astype(jnp.int32)
         room = ((0, 0), (0, 0), (0, cache_size - x_BTH.shape[1]), (0, 0), (0, 0))
         last_BH = jnp.take_along_axis(x_BTH, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
@@ -114,11 +114,11 @@ class QwenVL(nnx.Module):
         text = self.config.text
         return mrope_cos_sin(positions_BTA, text.rope, text.head_dim, self.dtype)
 
-    def _decode_rows(self, batch: Batch, remat: bool):
+    def _decode_rows(self, batch: Batch, **scan):
         x_BTH = self.text.embed(batch.tokens, self.dtype)
         deepstack = (0, None)
         if batch.vision:
-            merged, deep = self.encode(batch, remat=remat)
+            merged, deep = self.encode(batch, **scan)
             x_BTH = _at_vision(x_BTH, merged, batch.vision_index, otherwise=x_BTH)
             if deep is not None:
 
@@ -128,7 +128,7 @@ class QwenVL(nnx.Module):
 
                 deepstack = (deep.shape[0], add)
         cos, sin = self._cos_sin(batch.positions)
-        return self.text(x_BTH, cos, sin, batch.segment_ids, deepstack, remat)
+        return self.text(x_BTH, cos, sin, batch.segment_ids, deepstack, **scan)
 
 
 def _at_vision(x_BTH, features_GMH, index_BT, otherwise):

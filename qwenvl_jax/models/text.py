@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwenvl_jax.config import TextConfig
-from qwenvl_jax.models.layers import Embed, Linear, RMSNorm
+from qwenvl_jax.models.layers import Embed, Linear, RMSNorm, scan_layers
 from qwenvl_jax.ops.attention import attention
 from qwenvl_jax.ops.rope import rotate
 
@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
         weight = self.head_weight().astype(x.dtype)
         return jnp.einsum("...h,hv->...v", x, weight).astype(jnp.float32)
 
-    def __call__(self, x_BTH, cos, sin, segments_BT, deepstack, remat: bool = False):
+    def __call__(self, x_BTH, cos, sin, segments_BT, deepstack, **scan):
         """Runs the layers over whole rows.
 
         Args:
@@ -101,7 +101,7 @@ class Decoder(nnx.Module):
           cos, sin: [B, T, E // 2], from `mrope_cos_sin`.
           segments_BT: i32[B, T], the samples of each row; 0 is padding.
           deepstack: (count, add): `add(x, k)` adds the k-th DeepStack features to x; count may be 0.
-          remat: whether a layer's activations are made again in the backward pass in place of being kept.
+          **scan: see `scan_layers`.
 
         Returns:
           ([B, T, H] after the last norm, (keys, values) each [Y, B, T, K, E]).
@@ -116,9 +116,8 @@ class Decoder(nnx.Module):
             x, aux = layer(x, cos, sin, attend)
             return _add_deepstack(x, index, deepstack), aux
 
-        body = jax.checkpoint(body) if remat else body
         indices = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
-        x_BTH, keys_values = jax.lax.scan(body, x_BTH, (self.layers, indices))
+        x_BTH, keys_values = scan_layers(body, x_BTH, (self.layers, indices), **scan)
         return self.norm(x_BTH), keys_values
 
     def step(self, x_B1H, cos, sin, keys, values, lengths_B):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from qwenvl_jax.batch import VisionRows
 from qwenvl_jax.config import VisionConfig
-from qwenvl_jax.models.layers import Embed, LayerNorm, Linear
+from qwenvl_jax.models.layers import Embed, LayerNorm, Linear, scan_layers
 from qwenvl_jax.ops.attention import attention
 from qwenvl_jax.ops.rope import rotate, vision_cos_sin
 
@@ -79,13 +79,13 @@ class VisionTower(nnx.Module):
         self.pos_embed = Embed(config.num_position_embeddings, D, axes=("position", "embed"), rngs=rngs, dtype=dtype)
         self.blocks = VisionBlock(config, stack=config.depth, rngs=rngs, dtype=dtype)
 
-    def __call__(self, rows: VisionRows, dtype, remat: bool = False):
+    def __call__(self, rows: VisionRows, dtype, **scan):
         """Runs the tower over the rows of one length bucket.
 
         Args:
           rows: the patches; see `VisionRows`.
           dtype: of the activations.
-          remat: whether a block's activations are made again in the backward pass in place of being kept.
+          **scan: see `scan_layers`.
 
         Returns:
           (last [G, R, L, D], taps [Kd, G, R, L, D]): the last block's output, and those of the DeepStack layers.
@@ -110,8 +110,7 @@ class VisionTower(nnx.Module):
             return (x, kept), None
 
         kept = jnp.zeros((len(taps) + 1 if taps else 0, *x.shape), dtype)
-        body = jax.checkpoint(body) if remat else body
-        (x, kept), _ = jax.lax.scan(body, (x, kept), (self.blocks, jnp.asarray(slots, jnp.int32)))
+        (x, kept), _ = scan_layers(body, (x, kept), (self.blocks, jnp.asarray(slots, jnp.int32)), **scan)
         return x.reshape(G, R, L, D), kept[: len(taps)].reshape(-1, G, R, L, D)
 
     def _positions(self, rows: VisionRows):

@@ -89,6 +89,7 @@ class StageConfig:
         supervised tokens by the square root of N (an interpretation of the Qwen3-VL report, section 3).
       loss_chunk: tokens whose logits are held at a time.
       remat: make activations again in the backward pass in place of keeping them.
+      unroll: write the layers out in the compiled step in place of looping over them; faster for small models on CPU.
     """
 
     name: str
@@ -101,6 +102,7 @@ class StageConfig:
     loss: Literal["token", "sample", "sqrt"] = "sqrt"
     loss_chunk: int = 1024
     remat: bool = False
+    unroll: bool = False
 
     def __post_init__(self):
         for field, least in (("steps", 1), ("loss_chunk", 1)):
@@ -110,7 +112,7 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; `fsdp=0` takes what the others leave."""
+    """Devices along each mesh axis; `fsdp=0` takes all that the others leave, else the first ones are used."""
 
     data: int = 1
     fsdp: int = 0

@@ -37,7 +37,7 @@ def make_loss(parts: ModelParts, stage: StageConfig) -> Callable[[Params, Batch]
 
     def loss(params: Params, batch: Batch):
         model = parts.merge(params)
-        hidden_BTH = model.hidden(batch, remat=stage.remat)
+        hidden_BTH = model.hidden(batch, remat=stage.remat, unroll=stage.unroll)
         weights_BT = normalised_weights(batch, stage.loss)
         head_HV = model.text.head_weight()
         total = chunked_cross_entropy(hidden_BTH, head_HV, batch.targets, weights_BT, stage.loss_chunk)
