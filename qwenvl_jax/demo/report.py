@@ -131,7 +131,7 @@ def _draw_stage(panel, stage: StageCurve) -> None:
     panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    panel.set_title(stage.name, fontsize=10, fontweight="bold", loc="left")
+    panel.set_title(stage.name, fontsize=10, fontweight="bold", loc="left", pad=12)
     panel.set_xlabel("step")
     panel.grid(axis="y", color="#e6e9ee", linewidth=0.7)
     panel.spines[["top", "right"]].set_visible(False)

@@ -18,6 +18,7 @@ import os
 import pathlib
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -86,7 +87,9 @@ class _Demo:
 
     def __init__(self, out: pathlib.Path, full: bool, seed: int):
         self.out, self.full, self.seed = out, full, seed
-        self.console = rich.console.Console(highlight=False)
+        # Lines are not broken where they go to a file.
+        width = None if sys.stdout.isatty() else 200
+        self.console = rich.console.Console(highlight=False, width=width)
         self.began = time.monotonic()
         self.seconds: dict[str, float] = {}
 

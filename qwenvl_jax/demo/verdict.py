@@ -37,7 +37,7 @@ def figures_wanted(
         ("mean IoU", f"at least {WANTED_IOU:.2f}", f"{figures.iou:.2f}"),
         ("starts, pixels blanked", f"at most {percent(most_starts)}", percent(blanked.starts)),
         ("mean IoU, pixels blanked", f"at most {most_iou:.2f}", f"{blanked.iou:.2f}"),
-        ("stages that lower the held-out loss", f"all {len(stages)}", f"{len(lowered)}: {', '.join(lowered)}"),
+        ("stages that lower the held-out loss", f"all {len(stages)}", f"{len(lowered)} of {len(stages)}"),
         ("answers the same after export", f"{count} of {count}", f"{same} of {count}"),
     ]
     met = [
@@ -55,7 +55,7 @@ def figures_table(rows: Sequence[Row]) -> rich.table.Table:
     """The table of figures, for the terminal."""
     table = rich.table.Table(box=None, padding=(0, 2))
     for name in ("", "starts", "ends", "IoU", "name", "JSON"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in rows:
         f = row.figures
         known = ("", "") if row.kind == "blind" else (f"{f.names:.0%}", f"{f.json:.0%}")
