@@ -223,7 +223,7 @@ def _write_sample(path: Path, sample: Sample) -> None:
 def _read_sample(path: Path) -> Sample | None:
     """A sample that `_write_sample` wrote; None if there is none or its file is damaged, for it can be made again."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             fields = {f.name: arrays[f.name] for f in dataclasses.fields(Sample) if f.name != "media"}
             count = sum(name.endswith(".kind") for name in arrays.files)
             media = tuple(

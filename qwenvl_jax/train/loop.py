@@ -7,6 +7,7 @@ would have had: weights, optimizer, random key and the place in the data are sav
 
 import contextlib
 import dataclasses
+import json
 import math
 import signal
 import threading
@@ -26,6 +27,7 @@ from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.models.qwenvl import QwenVL
+from qwenvl_jax.parallel.host_memory import keep_freed_memory
 from qwenvl_jax.parallel.mesh import make_mesh
 from qwenvl_jax.parallel.rules import shard_batch
 from qwenvl_jax.presets import PRESETS
@@ -109,6 +111,7 @@ class _Run:
     def __init__(self, config: TrainConfig, out: Path, progress: Progress, on_step):
         self.config, self.out, self.progress, self.on_step = config, out, progress, on_step
         self.say = progress.say
+        keep_freed_memory()
         self.mesh = _make_mesh(config)
         self.processor = Processor.from_pretrained(config.processor or config.init or config.model)
         shape = config.model if isinstance(config.model, QwenVLConfig) else _shape_of(config.model)
@@ -116,10 +119,12 @@ class _Run:
         self.parts = ModelParts(shape, dtype=config.dtype, param_dtype=config.param_dtype, mesh=self.mesh)
         for stage in config.stages:
             self.parts.select(stage.trainable)
+        settings = fingerprint(dataclasses.replace(config, model=shape, processor=""))
+        run_folder.check(out, settings)
         self.stages = prepare_stages(config, self.processor, self.say)
-        self.fingerprint = fingerprint(dataclasses.replace(config, model=shape, processor=""))
-        self.fingerprint |= {f"stages.{stage.index}.data": stage.digest for stage in self.stages}
-        run_folder.claim(out, self.fingerprint)
+        self.fingerprint = settings | {f"stages.{stage.index}.data.digest": stage.digest for stage in self.stages}
+        run_folder.check(out, self.fingerprint)
+        run_folder.write_atomically(out / "config.json", json.dumps(self.fingerprint, indent=2) + "\n")
 
     def go(self, store: CheckpointStore) -> RunResult:
         """Restores or begins, goes through the stages that are left, and writes the model."""
@@ -284,11 +289,13 @@ def _check_ids(shape: QwenVLConfig, processor: Processor) -> None:
 
 
 def _make_mesh(config: TrainConfig):
-    sizes = dataclasses.asdict(config.mesh)
-    if not sizes["fsdp"]:
+    sizes, devices = dataclasses.asdict(config.mesh), jax.devices()
+    if sizes["fsdp"]:
+        devices = devices[: math.prod(sizes.values())]
+    else:
         others = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
-        sizes["fsdp"] = max(jax.device_count() // others, 1)
-    mesh = make_mesh(**sizes)
+        sizes["fsdp"] = max(len(devices) // others, 1)
+    mesh = make_mesh(devices, **sizes)
     parts = sizes["data"] * sizes["fsdp"]
     for stage in config.stages:
         if stage.batch.rows % parts or (stage.batch.vision and stage.batch.groups % parts):

@@ -4,7 +4,7 @@ The rules here have a learning rate of 1 inside; `train.step` multiplies their u
 schedule belongs to the stage, not to the optimizer's state, and a carried state brings no old schedule with it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 import optax
@@ -39,29 +39,48 @@ def make_optimizer(config: OptimizerConfig, weights: Mapping[str, WeightInfo]) -
     Weight decay touches matrices and tables only. Under "muon" what AdamW updates has
     `adam_learning_rate / learning_rate` in place of 1, so that one schedule serves both.
     """
-    decayed = {
-        name: len(info.axes) - ("layers" in info.axes) > 1 and not name.endswith("bias")
-        for name, info in weights.items()
-    }
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     if config.name == "adamw":
-        rule = optax.adamw(
-            1.0, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
-        )
-    else:
-        rule = muon(
-            learning_rate=1.0,
-            beta=config.momentum,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
-            adam_learning_rate=config.adam_learning_rate / config.learning_rate,
-            muon_weight_dimension_numbers={name: muon_dimensions(info) for name, info in weights.items()},
-            consistent_rms=None,
-        )
-    return optax.chain(clip, rule)
+        return optax.chain(clip, _adamw(config, 1.0, weights))
+    dimensions = {name: muon_dimensions(info) for name, info in weights.items()}
+    dimensions = {name: numbers for name, numbers in dimensions.items() if numbers is not None}
+    matrices = muon(
+        learning_rate=1.0,
+        beta=config.momentum,
+        weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=dimensions,
+    )
+    others = {name: info for name, info in weights.items() if name not in dimensions}
+    # Muon of optax would take the others too, but with Nesterov's momentum and with decay of norms and biases.
+    adamw = _adamw(config, config.adam_learning_rate / config.learning_rate, others)
+    return optax.chain(clip, _by_name({"muon": (matrices, dimensions), "adamw": (adamw, others)}))
+
+
+def _adamw(config: OptimizerConfig, rate: float, weights: Mapping[str, WeightInfo]) -> optax.GradientTransformation:
+    def is_decayed(name: str, info: WeightInfo) -> bool:
+        return len(info.axes) - ("layers" in info.axes) > 1 and not name.endswith("bias")
+
+    mask = {name: is_decayed(name, info) for name, info in weights.items()}
+    return optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=mask)
+
+
+def _by_name(rules: Mapping[str, tuple[optax.GradientTransformation, Iterable[str]]]) -> optax.GradientTransformation:
+    """One rule for some weights of a flat dictionary, another for others: label to (rule, names)."""
+
+    def pick(tree, names):
+        return {name: tree[name] for name in names}
+
+    def init(params):
+        return {label: rule.init(pick(params, names)) for label, (rule, names) in rules.items()}
+
+    def update(updates, state, params):
+        moved, after = {}, {}
+        for label, (rule, names) in rules.items():
+            found, after[label] = rule.update(pick(updates, names), state[label], pick(params, names))
+            moved |= found
+        return moved, after
+
+    return optax.GradientTransformation(init, update)
 
 
 def learning_rate(config: OptimizerConfig, steps: int):

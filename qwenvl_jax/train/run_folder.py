@@ -41,22 +41,24 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def claim(folder: Path, fingerprint: Mapping[str, str]) -> None:
-    """Writes the settings of a new run, or checks that the run that began here had the same.
+def check(folder: Path, fingerprint: Mapping[str, str]) -> None:
+    """Checks that the run that began in `folder`, if one did, has these settings.
+
+    The digests of its data may be missing from `fingerprint`, so that settings can be checked before data is read.
 
     Raises:
-      ConfigError: the run here had other settings; names the first that differs.
+      ConfigError: it has other settings; names the first that differs.
     """
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        write_atomically(path, json.dumps(fingerprint, indent=2) + "\n")
         return
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); choose another output folder, or remove this one.") from error
     for name in {**fingerprint, **found}:
-        if fingerprint.get(name) != found.get(name):
+        unread = name.endswith(".digest") and name not in fingerprint
+        if fingerprint.get(name) != found.get(name) and not unread:
             raise ConfigError(
                 f"{folder} holds a run with {name}={found.get(name)}, this one has {fingerprint.get(name)}; choose "
                 "another output folder, or the old setting."

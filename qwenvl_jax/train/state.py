@@ -83,7 +83,9 @@ class ModelParts:
         def make(key):
             return dict(zip(self.names, jax.tree.leaves(nnx.state(self._make(key))), strict=True))
 
-        return jax.jit(make, out_shardings=self.shardings)(jax.random.key(seed))
+        # Compiled once and run once: optimizing this program takes far longer than running it.
+        unoptimized = {"xla_backend_optimization_level": 0}
+        return jax.jit(make, out_shardings=self.shardings, compiler_options=unoptimized)(jax.random.key(seed))
 
     def split(self, model: QwenVL) -> Params:
         """The weights of a model of this shape, by name, put where they live.

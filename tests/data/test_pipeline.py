@@ -1,0 +1,242 @@
+"""Sources of records, their facts, the cache of samples, and batches through Grain."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from qwenvl_jax.data.facts import facts_digest, measure_source, processor_key
+from qwenvl_jax.data.packing import BatchShape, Plan
+from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
+from qwenvl_jax.data.processor import Processor
+from qwenvl_jax.data.sources import JsonlSource, open_source
+from qwenvl_jax.errors import ConfigError, DataError
+
+SHAPE = BatchShape(rows=2, length=160, vision=((8, 24),))
+
+
+def conversation(clip: str | None, question: str) -> list[dict]:
+    video = [{"type": "video", "video": clip, "fps": 2.0}] if clip else []
+    return [
+        {"role": "user", "content": [*video, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": "it leaves"},
+    ]
+
+
+@pytest.fixture
+def data(tmp_path, clip):
+    """A JSONL file over one clip that lies beside it."""
+    (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
+    records = [{"id": f"r{i}", "messages": conversation("clip.mp4", f"question {i}")} for i in range(3)]
+    records.append({"messages": conversation(None, "no pixels")})
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n\n".join(json.dumps(record) for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_checkpoint):
+    return Processor.from_pretrained(tiny_checkpoint)
+
+
+def loader_of(source, processor, *, memory_bytes=1 << 30, folder=None, seed=0, key="") -> BatchLoader:
+    facts = measure_source(source, processor)
+    samples = SampleCache(source, processor, memory_bytes=memory_bytes, folder=folder, processor_key=key)
+    return BatchLoader(Plan(facts, SHAPE, seed=seed), samples, processor)
+
+
+def test_records_of_a_file(data, clip):
+    source = open_source(str(data))
+    assert [source[i].id for i in range(len(source))] == ["r0", "r1", "r2", "3"]
+    assert source[1].where == f"{data}:3"
+    assert source[1].messages[0]["content"][0]["video"] == str(data.parent / "clip.mp4")
+    both = open_source((str(data), str(data)))
+    assert len(both) == 8
+    assert both[5].where == source[1].where
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (b'{"messages": [{"role": "user", "content": "a"}]}\n{"mess', r"data\.jsonl:2: not JSON"),
+        (b'{"messages": []}', r"data\.jsonl:1: expected"),
+        (b"[1, 2]", r"data\.jsonl:1: expected"),
+        (b'{"messages": [3]}', r"data\.jsonl:1: "),
+        (b'{"messages": [{"role": "user", "content": "\xff"}]}', r"data\.jsonl:1: not JSON"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "video", "video": "no.mp4"}]}]}', r"jsonl:1: .*no\.mp4"),
+        (b"\n \n", r"data\.jsonl holds no records"),
+    ],
+)
+def test_bad_records_name_file_and_line(tmp_path, processor, lines, told):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines)
+    with pytest.raises(DataError, match=told):
+        measure_source(open_source(path), processor)
+
+
+def test_sources_that_are_none():
+    with pytest.raises(DataError, match=r"missing\.jsonl cannot be read"):
+        open_source("missing.jsonl")
+    with pytest.raises(DataError, match="int"):
+        open_source(3)
+    with pytest.raises(DataError, match="empty"):
+        open_source([])
+
+
+def test_any_object_is_a_source(processor, clip):
+    """Mappings, or their JSON text as an ArrayRecord source yields it."""
+    record = {"id": "a", "messages": conversation(str(clip), "question")}
+    source = open_source([record, json.dumps(record).encode()])
+    facts = measure_source(source, processor)
+    assert facts[0].tokens == facts[1].tokens
+    assert facts[0].frames == facts[1].frames == (24, 24)
+
+
+def test_facts_are_those_of_the_samples(data, processor):
+    source = JsonlSource(data)
+    for i, known in enumerate(measure_source(source, processor)):
+        sample = processor.sample(source[i].messages)
+        assert known.tokens == len(sample.tokens)
+        assert known.loss_tokens == sample.loss_weights.sum()
+        assert sum(known.frames) == sum(len(media.patches) for media in sample.media)
+        assert f"{data}:" in known.name
+
+
+def test_facts_are_kept_and_checked(data, processor, monkeypatch):
+    """Measured once; measured again when the record, its media or the processor changed; a damaged file is no harm."""
+    key = processor_key(processor)
+    source = JsonlSource(data)
+    first = measure_source(source, processor, processor_key=key, cache=data)
+    (kept,) = data.parent.glob("data.jsonl.facts-*.json")
+
+    measured = []
+
+    class Counting:
+        def measure(self, messages):
+            measured.append(messages)
+            return processor.measure(messages)
+
+    assert measure_source(source, Counting(), processor_key=key, cache=data) == first
+    assert not measured
+    clip = data.parent / "clip.mp4"
+    clip.write_bytes(clip.read_bytes() + b"\0" * 8)
+    assert measure_source(source, Counting(), processor_key=key, cache=data) == first
+    assert len(measured) == 3
+    measure_source(source, Counting(), processor_key="another", cache=data)
+    assert len(measured) == 7
+    kept.write_text('{"cut')
+    assert measure_source(source, Counting(), processor_key=key, cache=data) == first
+    assert len(measured) == 11
+    assert {path.suffix for path in data.parent.iterdir()} == {".json", ".jsonl", ".mp4"}
+
+
+def test_digest_of_the_data(data, processor):
+    source = JsonlSource(data)
+    facts = measure_source(source, processor)
+    digest = facts_digest(facts, source)
+    assert digest == facts_digest(facts, JsonlSource(data))
+    data.write_text(data.read_text().replace("question 1", "question 9"))
+    assert digest != facts_digest(facts, JsonlSource(data))
+
+
+def test_batches_have_one_shape_and_a_hash(data, processor):
+    """Whatever stands in a step, shapes are the same; the hash tells what stands in it, and where."""
+    loader = loader_of(JsonlSource(data), processor)
+    steps = [loader(n) for n in range(6)]
+    shapes = {str(jax.tree.map(np.shape, step.batch)) for step in steps}
+    assert len(shapes) == 1
+    assert len({step.hash for step in steps}) == 6
+    assert all(step.tokens == (step.batch.segment_ids > 0).sum() for step in steps)
+    assert loader_of(JsonlSource(data), processor)(3).hash == steps[3].hash
+
+
+def test_hash_tells_pixels(data, processor, run_ffmpeg):
+    before = loader_of(JsonlSource(data), processor)(0)
+    source = "testsrc2=size=96x64:rate=12:duration=2"
+    run_ffmpeg("-f", "lavfi", "-i", source, "-pix_fmt", "yuv420p", data.parent / "clip.mp4")
+    after = loader_of(JsonlSource(data), processor)(0)
+    np.testing.assert_array_equal(before.batch.tokens, after.batch.tokens)
+    assert before.hash != after.hash
+
+
+def test_a_batch_of_text_alone_keeps_the_vision_rows(tmp_path, processor):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": conversation(None, "text")}))
+    batch = loader_of(JsonlSource(path), processor)(0).batch
+    assert batch.vision[0].patches.shape == (1, 8, 24, processor.patch_dim)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_iterator_continues_from_its_state(data, processor, threads):
+    loader = loader_of(JsonlSource(data), processor)
+    whole = [step.hash for step in batches(loader, 7, threads=threads)]
+    assert len(whole) == 7
+    assert whole == [loader(n).hash for n in range(7)]
+    iterator = batches(loader, 7, threads=threads)
+    for _ in range(3):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    iterator = batches(loader_of(JsonlSource(data), processor), 7, threads=threads)
+    iterator.set_state(state)
+    assert [step.hash for step in iterator] == whole[3:]
+
+
+def test_samples_are_decoded_once_if_they_fit(data, processor):
+    calls = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(processor, name)
+
+        def sample(self, messages):
+            calls.append(messages)
+            return processor.sample(messages)
+
+    counting = Counting()
+    kept = loader_of(JsonlSource(data), counting)
+    for n in range(8):
+        kept(n)
+    assert len(calls) == 4
+    calls.clear()
+    dropped = loader_of(JsonlSource(data), counting, memory_bytes=0)
+    assert [dropped(n).hash for n in range(8)] == [kept(n).hash for n in range(8)]
+    assert len(calls) > 8
+
+
+def test_samples_kept_on_disk(data, processor, tmp_path):
+    """Written whole, read back equal, made again when damaged."""
+    key, folder = processor_key(processor), tmp_path / "cache"
+    source = JsonlSource(data)
+    first = SampleCache(source, processor, memory_bytes=0, folder=folder, processor_key=key)[0]
+    (file,) = folder.iterdir()
+    again = SampleCache(source, None, memory_bytes=0, folder=folder, processor_key=key)[0]
+    assert again.digest == first.digest
+    assert again.sample.media[0].grid == first.sample.media[0].grid
+    assert again.sample.media[0].times == first.sample.media[0].times
+    for name in ("tokens", "positions", "targets", "loss_weights", "vision_index"):
+        np.testing.assert_array_equal(getattr(again.sample, name), getattr(first.sample, name))
+    file.write_bytes(file.read_bytes()[:100])
+    assert SampleCache(source, processor, memory_bytes=0, folder=folder, processor_key=key)[0].digest == first.digest
+
+
+def test_errors_reach_the_caller_by_name(data, processor):
+    """A clip that is damaged after it was measured, and a record that is not what was measured."""
+    source = JsonlSource(data)
+    loader = loader_of(source, processor)
+    (data.parent / "clip.mp4").write_bytes(b"no video")
+    with pytest.raises(DataError, match=r"data\.jsonl:\d: .*clip\.mp4"):
+        list(batches(loader, 3))
+    changed = loader_of(open_source([{"messages": conversation(None, "text")}]), processor)
+    facts = [dataclasses.replace(changed.plan.facts[0], tokens=5)]
+    changed.plan = Plan(facts, SHAPE, seed=0)
+    with pytest.raises(DataError, match="was measured as 5 tokens"):
+        changed(0)
+
+
+def test_vision_rows_hold_whole_merged_tokens(data, processor):
+    source = JsonlSource(data)
+    plan = Plan(measure_source(source, processor), BatchShape(rows=2, length=160, vision=((8, 26),)), seed=0)
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        BatchLoader(plan, SampleCache(source, processor, memory_bytes=0), processor)

@@ -1,0 +1,149 @@
+"""A run in this process: compiled once a stage, over one device or eight, from given weights or random ones."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import qwenvl_jax as qv
+from qwenvl_jax.data.packing import BatchShape
+from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
+from qwenvl_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from qwenvl_jax.train.loop import train
+from qwenvl_jax.train.metrics import read_metrics
+from tests.train.tiny_run import tiny_config, write_records, write_tiny_run
+
+
+@pytest.fixture(autouse=True)
+def promotion_as_usual():
+    """Optax leaves dtypes and ranks to promotion."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, clip):
+    folder = tmp_path_factory.mktemp("run")
+    write_tiny_run(folder, clip)
+    return folder
+
+
+def one_stage(folder, **changes) -> TrainConfig:
+    config = tiny_config(folder)
+    return dataclasses.replace(config, stages=(dataclasses.replace(config.stages[1], **changes),))
+
+
+def test_a_run_compiles_its_step_once(folder, tmp_path, caplog):
+    """Steps with and without pixels, through a checkpoint, all have the shapes that the first was compiled for."""
+    config = one_stage(folder, steps=6)
+    lines = []
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        result = train(config, tmp_path / "out", on_step=lines.append)
+    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    assert sum("jit(step)" in message for message in compiled) == 1
+    assert result.step == result.steps == 6
+    assert lines == read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+    # The model is a model of the public layout, with its processor, and knows what it was taught.
+    model, processor = (
+        qv.QwenVL.from_pretrained(result.model, dtype="float32"),
+        qv.Processor.from_pretrained(result.model),
+    )
+    assert model.config == config.model
+    assert processor.dialect == "official"
+
+    # It is where another run begins.
+    second = dataclasses.replace(config, init=str(result.model), checkpoint_every=100)
+    second = dataclasses.replace(second, stages=(dataclasses.replace(second.stages[0], steps=1),))
+    train(second, tmp_path / "second")
+    assert "starting from the weights of" in (tmp_path / "second" / "train.log").read_text()
+    assert read_metrics(tmp_path / "second" / "metrics.jsonl")[0]["loss"] < lines[0]["loss"]
+
+
+def test_only_what_is_trainable_moves_and_the_optimizer_is_carried(folder, tmp_path):
+    """Two stages for the mergers: the second, carrying Adam's moments, goes on as one longer stage would."""
+    rate = OptimizerConfig(learning_rate=3e-3, schedule="constant")
+    plain = DataConfig(source=str(folder / "data.jsonl"), shuffle=False)
+    stage = dataclasses.replace(tiny_config(folder).stages[0], steps=2, optimizer=rate, data=plain)
+    long = dataclasses.replace(tiny_config(folder), stages=(dataclasses.replace(stage, steps=4),))
+    carried = dataclasses.replace(long, stages=(stage, dataclasses.replace(stage, name="b", carry_optimizer=True)))
+    fresh = dataclasses.replace(long, stages=(stage, dataclasses.replace(stage, name="b")))
+    losses = []
+    for name, config in (("long", long), ("carried", carried), ("fresh", fresh)):
+        train(config, tmp_path / name)
+        losses.append([line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")])
+    # Both stages begin with the first batch of their plan, which here is the same: compare what follows from the state.
+    assert losses[0][:2] == losses[1][:2] == losses[2][:2]
+    assert losses[1][3] != losses[2][3]
+
+    start = qv.QwenVL(long.model, rngs=__import__("flax").nnx.Rngs(0))
+    end = qv.QwenVL.from_pretrained(tmp_path / "long" / "model", dtype="float32")
+    assert start.merger.fc1.kernel.shape == end.merger.fc1.kernel.shape
+    first = qv.QwenVL.from_pretrained(tmp_path / "fresh" / "model", dtype="float32")
+    np.testing.assert_array_equal(first.text.embed.table[...], end.text.embed.table[...])
+    assert not np.array_equal(first.merger.fc1.kernel[...], end.merger.fc1.kernel[...])
+    with pytest.raises(ConfigError, match="carry_optimizer needs a stage before it"):
+        train(dataclasses.replace(long, stages=(dataclasses.replace(stage, carry_optimizer=True),)), tmp_path / "no")
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_losses_of_one(folder, tmp_path):
+    """Weights split over eight devices, rows and vision groups too."""
+    batch = BatchShape(rows=8, length=80, groups=8, vision=((4, 24),))
+    config = one_stage(folder, batch=batch, steps=3)
+    train(config, tmp_path / "one")
+    train(dataclasses.replace(config, mesh=MeshConfig()), tmp_path / "eight")
+    one, eight = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "eight"))
+    assert [line["batch"] for line in one] == [line["batch"] for line in eight]
+    np.testing.assert_allclose([line["loss"] for line in one], [line["loss"] for line in eight], rtol=1e-4)
+
+
+def test_data_that_cannot_be_trained_on_is_refused_before_anything_else(folder, tmp_path):
+    """Every stage's data is looked at first; nothing but the log is written."""
+    records = [
+        {"id": "short", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"id": "long", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c " * 99}]},
+    ]
+    path = write_records(tmp_path / "long.jsonl", records)
+    config = tiny_config(folder)
+    bad = dataclasses.replace(config.stages[1], data=DataConfig(source=str(path)))
+    config = dataclasses.replace(config, stages=(config.stages[0], bad))
+    with pytest.raises(DataError, match=r"stage s1: .*long\.jsonl:2 .long. has \d+ tokens.*batch\.length=160"):
+        train(config, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "train.log"}
+    with pytest.raises(DataError, match=r"stage s1: data file .*none\.jsonl cannot be read"):
+        missing = dataclasses.replace(bad, data=DataConfig(source=str(tmp_path / "none.jsonl")))
+        train(dataclasses.replace(config, stages=(config.stages[0], missing)), tmp_path / "out")
+
+
+def test_settings_that_do_not_go_together(folder, tmp_path):
+    config = tiny_config(folder)
+    shape = config.model
+    with pytest.raises(ConfigError, match="image_token_id"):
+        train(dataclasses.replace(config, model=dataclasses.replace(shape, image_token_id=3)), tmp_path / "a")
+    small = dataclasses.replace(shape, text=dataclasses.replace(shape.text, vocab_size=100))
+    with pytest.raises(ConfigError, match="vocab_size=100 is smaller than the tokenizer"):
+        train(dataclasses.replace(config, model=small), tmp_path / "b")
+    with pytest.raises(ConfigError, match="multiples of the 8 devices"):
+        train(dataclasses.replace(config, mesh=MeshConfig()), tmp_path / "c")
+    with pytest.raises(ConfigError, match="picks no weight"):
+        train(one_stage(folder, trainable="adapters"), tmp_path / "d")
+
+
+def test_weights_of_another_shape_are_refused(folder, tmp_path, tiny_checkpoint):
+    config = dataclasses.replace(one_stage(folder, steps=1), init=str(tiny_checkpoint))
+    with pytest.raises(CheckpointError, match="shape"):
+        train(config, tmp_path / "out")
+
+
+def test_a_damaged_run_folder_is_told(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+        train(one_stage(folder, steps=1), out)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        train(one_stage(folder, steps=1), tmp_path / "file")

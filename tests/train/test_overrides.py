@@ -1,0 +1,104 @@
+"""Settings from the command line, and config files."""
+
+import pytest
+
+from qwenvl_jax.config import QwenVLConfig, TextConfig, VisionConfig
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.train.config import RUNTIME_FIELDS, DataConfig, StageConfig, TrainConfig, fingerprint, flat
+from qwenvl_jax.train.config_file import load_config_file
+from qwenvl_jax.train.overrides import apply_overrides
+
+MODEL = QwenVLConfig(
+    text=TextConfig(100, 64, 64, 2, 2, 1),
+    vision=VisionConfig(2, 32, 32, 2, 64, (0,)),
+)
+CONFIG = TrainConfig(
+    model=MODEL,
+    processor="somewhere",
+    stages=(StageConfig("s0", 3, DataConfig("a.jsonl")), StageConfig("s1", 5, DataConfig("b.jsonl"))),
+)
+
+
+def changed(*arguments: str) -> dict:
+    """What differs from CONFIG."""
+    before = dict(flat(CONFIG))
+    return {name: value for name, value in flat(apply_overrides(CONFIG, arguments)) if before.get(name) != value}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "difference"),
+    [
+        ("--seed 3", {"seed": 3}),
+        ("--seed=3 --checkpoint-every 7", {"seed": 3, "checkpoint_every": 7}),
+        ("--stages.s1.steps 9", {"stages.1.steps": 9}),
+        ("--stages.0.optimizer.learning_rate 1e-2", {"stages.0.optimizer.learning_rate": 0.01}),
+        ("--steps 9", {"stages.0.steps": 9, "stages.1.steps": 9}),
+        ("--optimizer.name muon --stages.s0.optimizer.name adamw", {"stages.1.optimizer.name": "muon"}),
+        ("--remat True", {"stages.0.remat": True, "stages.1.remat": True}),
+        ("--stages.s0.batch.vision 2 24 1 96", {"stages.0.batch.vision": ((2, 24), (1, 96))}),
+        ("--stages.s0.data.source x.jsonl", {"stages.0.data.source": "x.jsonl"}),
+        ("--stages.s0.data.source x.jsonl y.jsonl", {"stages.0.data.source": ("x.jsonl", "y.jsonl")}),
+        ("--stages.s0.data.cache_dir here", {"stages.0.data.cache_dir": "here"}),
+        ("--init None", {}),
+        ("--model.text.intermediate_size 32", {"model.text.intermediate_size": 32}),
+        ("--seed -1", {"seed": -1}),
+    ],
+)
+def test_overrides(arguments, difference):
+    assert changed(*arguments.split()) == difference
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--sed 3", "unknown setting --sed; did you mean --seed"),
+        ("--optimizer.learning_rat 3", "did you mean --optimizer.learning_rate"),
+        ("--stages.s0.stepps 3", r"did you mean --stages\.s0\.steps"),
+        ("--stages.s7.steps 3", r"did you mean --stages\.s[01]\.steps"),
+        ("--seed many", "--seed many: expected a value of type int"),
+        ("--seed 1 2", "--seed 1 2: expected a value of type int"),
+        ("--seed", "--seed needs a value"),
+        ("--stages.s0.loss mean", "--stages.s0.loss mean: expected"),
+        ("--optimizer 3", "unknown setting --optimizer"),
+        ("seed 3", "unexpected argument 'seed'"),
+        ("--checkpoint_every 0", "checkpoint_every=0 must be at least 1"),
+        ("--steps 0", "steps=0 must be at least 1"),
+        ("--model.text.num_key_value_heads 3", "must be a multiple"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, told, capsys):
+    with pytest.raises(ConfigError, match=told) as error:
+        apply_overrides(CONFIG, arguments.split())
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_every_setting_is_in_the_fingerprint_but_those_that_change_nothing():
+    names = {name for name, _ in flat(CONFIG)}
+    left_out = set(names - set(fingerprint(CONFIG)))
+    assert {name.rsplit(".", 1)[-1] for name in left_out} == RUNTIME_FIELDS | {"source", "checkpoint_every"}
+
+
+def test_configs_that_cannot_be():
+    with pytest.raises(ConfigError, match="each with a name of its own"):
+        TrainConfig(model=MODEL, processor="x", stages=(StageConfig("a", 1), StageConfig("a", 1)))
+    with pytest.raises(ConfigError, match="processor is not set"):
+        TrainConfig(model=MODEL, stages=(StageConfig("a", 1),))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, r"config file .*c\.py does not exist"),
+        ("x = 1", r"c\.py has no get_config"),
+        ("def get_config():\n    return 3", r"must return a TrainConfig; got int"),
+        ("def get_config():\n    return 1 / 0", r"c\.py:2: ZeroDivisionError"),
+        ("import nothing_of_this_name", r"c\.py:1: ModuleNotFoundError"),
+        ("def get_config(:", r"c\.py:1: SyntaxError"),
+    ],
+)
+def test_config_files_that_are_none(tmp_path, text, told):
+    if text is not None:
+        (tmp_path / "c.py").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        load_config_file(tmp_path / "c.py")

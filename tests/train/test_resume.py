@@ -1,0 +1,115 @@
+"""A run that was killed and started again is the run that was not: real processes, real signals, one MP4 clip."""
+
+import signal
+
+import pytest
+
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.train import run_folder
+from qwenvl_jax.train.loop import train_command
+from qwenvl_jax.train.metrics import read_metrics
+from tests.train.tiny_run import command_line, killed, write_tiny_run
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, clip):
+    return write_tiny_run(tmp_path_factory.mktemp("run"), clip)
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    """The folder of a run that nothing disturbed."""
+    out = config.parent / "whole"
+    done = command_line("train", config, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "starting from random" in done.stderr
+    return out
+
+
+def check_equal(out, whole):
+    """Same losses, batches and weights, bit for bit, and no step twice."""
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == list(range(1, 9))
+    for file in (whole / "model").iterdir():
+        assert (out / "model" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert not list((out / "model").parent.glob(".model*"))
+
+
+def test_killed_and_continued(config, whole):
+    """Ended by SIGTERM in the first stage and by SIGKILL in the second, at a step whose line is not in a checkpoint."""
+    out = config.parent / "killed"
+    stopped = killed("SIGTERM:step:1", config, out)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "the same command continues" in stopped.stderr
+    steps = len(read_metrics(out / "metrics.jsonl"))
+    assert 1 <= steps < 8
+    assert (out / "checkpoints" / str(steps)).is_dir()
+    assert not (out / "model").exists()
+
+    dead = killed("SIGKILL:step:3", config, out)
+    assert dead.returncode == -signal.SIGKILL
+    assert steps < len(read_metrics(out / "metrics.jsonl")) < 8
+    # A line cut in two, as a crash of the machine leaves it.
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+
+    assert command_line("train", config, "--out", out).returncode == 0
+    check_equal(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["step:1", "step:8", "save:1", "save:3", "export:1"])
+def test_killed_at_any_moment(config, whole, moment):
+    """Before the first checkpoint, after the last line, while a checkpoint or the model is being written."""
+    out = config.parent / moment.replace(":", "-")
+    assert killed(f"SIGKILL:{moment}", config, out).returncode == -signal.SIGKILL
+    assert not (out / "model").exists()
+    assert command_line("train", config, "--out", out).returncode == 0
+    check_equal(out, whole)
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(config, whole):
+    """Batches made by two processes, the run killed and continued with them."""
+    out = config.parent / "workers"
+    workers = ("--data.workers", 2)
+    done = command_line("train", config, "--out", out, *workers)
+    assert done.returncode == 0, done.stderr
+    check_equal(out, whole)
+
+
+def test_finished_run_is_left_alone(config, whole):
+    before = {path: path.stat().st_mtime_ns for path in (whole / "model").iterdir()}
+    result = train_command(str(config), out=str(whole))
+    assert (result.step, result.model) == (8, whole / "model")
+    assert {path: path.stat().st_mtime_ns for path in (whole / "model").iterdir()} == before
+    assert len(read_metrics(whole / "metrics.jsonl")) == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (("--stages.s1.steps", "9"), "stages.1.steps=5, this one has 9"),
+        (("--model.text.num_hidden_layers", "3"), "model.text.num_hidden_layers=2, this one has 3"),
+    ],
+)
+def test_other_settings_are_refused(config, whole, override, told):
+    """A run's folder takes no other run: the setting that differs is named, and nothing is changed."""
+    before = (whole / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=told):
+        train_command(str(config), override, out=str(whole))
+    assert (whole / "config.json").read_bytes() == before
+
+
+def test_other_data_is_refused(config, whole, tmp_path, clip):
+    """The same settings over other records."""
+    other = write_tiny_run(tmp_path, clip)
+    data = tmp_path / "data.jsonl"
+    data.write_text(data.read_text().replace("red circle", "red square"))
+    with pytest.raises(ConfigError, match=r"stages\.0\.data\.digest"):
+        train_command(str(other), out=str(whole))
+
+
+def test_two_processes_do_not_share_a_folder(config, tmp_path):
+    with run_folder.locked(tmp_path), pytest.raises(ConfigError, match="in use by another process"):
+        train_command(str(config), out=str(tmp_path))
