@@ -25,6 +25,8 @@ from qwenvl_jax.data.sampling import group_times, uniform_indices
 from qwenvl_jax.demo.clips import Clip, Event
 from qwenvl_jax.demo.vocabulary import SAMPLED_FPS
 
+DESCRIBE = "What is there?"
+
 
 @dataclasses.dataclass(frozen=True)
 class Sighting:
@@ -89,10 +91,37 @@ def ask(video: object, event: Event, fps: float | None = SAMPLED_FPS) -> list[di
     return [{"role": "user", "content": [part, {"type": "text", "text": question(event.name)}]}]
 
 
-def conversation(clip: Clip, video: object, rng: np.random.Generator, fps: float = SAMPLED_FPS) -> list[dict]:
-    """The training conversation of a clip: all its events in an order drawn from `rng`, with the answers."""
-    order = [int(e) for e in rng.permutation(len(clip.events))]
-    return ask(video, clip.events[order[0]], fps) + questions_and_answers(clip, sight(clip, fps), order)[1:]
+def conversation(
+    clip: Clip, video: object, rng: np.random.Generator, fps: float = SAMPLED_FPS, describe: bool = False
+) -> list[dict]:
+    """The training conversation of a clip: all its events in an order drawn from `rng`, with the answers.
+
+    Args:
+      video: a path or `VideoFrames`.
+      describe: ask, after all events, for what is seen at each time: something to learn at every temporal patch.
+    """
+    sighting, order = sight(clip, fps), [int(e) for e in rng.permutation(len(clip.events))]
+    messages = ask(video, clip.events[order[0]], fps) + questions_and_answers(clip, sighting, order)[1:]
+    if describe:
+        messages.append({"role": "user", "content": DESCRIBE})
+        messages.append({"role": "assistant", "content": told(clip, sighting)})
+    return messages
+
+
+def told(clip: Clip, sighting: Sighting, rng: np.random.Generator | None = None) -> str:
+    """What the temporal patches of a clip show, in words: "<0.1 seconds> nothing<0.6 seconds> red circle blue ring".
+
+    Args:
+      rng: draws the order of the objects in each patch; without it they stand in the order in which they appear.
+    """
+    first = np.argsort([event.start for event in clip.events])
+    parts = []
+    for time, visible_E in zip(sighting.times, sighting.visible, strict=True):
+        seen = [e for e in first if visible_E[e]]
+        names = [clip.events[e].name for e in (seen if rng is None else rng.permutation(seen))]
+        words = "".join(f" {name}" for name in names or ["nothing"])
+        parts.append(f"<{time:.1f} seconds>{words}")
+    return "".join(parts)
 
 
 def questions_and_answers(clip: Clip, sighting: Sighting, order: Sequence[int]) -> list[dict]:
@@ -132,11 +161,18 @@ def _relative(message: dict, folder: pathlib.Path) -> dict:
 
 
 def training_conversations(
-    clips: Sequence[tuple[pathlib.Path, Clip]], seed: int, passes: int = 1, longest: float = math.inf
+    clips: Sequence[tuple[pathlib.Path, Clip]],
+    seed: int,
+    passes: int = 1,
+    longest: float = math.inf,
+    describe: bool = False,
 ) -> Iterable[tuple[str, list[dict]]]:
-    """(id, conversation) of clips of at most `longest` seconds; each pass asks for the events in another order."""
+    """(id, conversation) of clips of at most `longest` seconds; each pass asks for the events in another order.
+
+    `describe` as in `conversation`.
+    """
     for number in range(passes):
         for path, clip in clips:
             if clip.duration <= longest:
                 rng = np.random.default_rng([seed, clip.index, number])
-                yield f"clip-{clip.index}-{number}", conversation(clip, path, rng)
+                yield f"clip-{clip.index}-{number}", conversation(clip, path, rng, describe=describe)

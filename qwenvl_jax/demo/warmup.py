@@ -10,19 +10,9 @@ Only pairs of colour and shape that training clips show are named, and no pixel 
 
 import numpy as np
 
-from qwenvl_jax.demo.clips import Clip, outline_clip
-from qwenvl_jax.demo.records import Sighting, questions_and_answers, sight
+from qwenvl_jax.demo.clips import outline_clip
+from qwenvl_jax.demo.records import questions_and_answers, sight, told
 from qwenvl_jax.demo.vocabulary import SAMPLED_FPS
-
-
-def told(clip: Clip, sighting: Sighting, rng: np.random.Generator) -> str:
-    """What the temporal patches of a clip show, in words; the objects of one patch in an order drawn from `rng`."""
-    parts = []
-    for time, visible_E in zip(sighting.times, sighting.visible, strict=True):
-        names = [clip.events[e].name for e in rng.permutation(np.flatnonzero(visible_E))]
-        words = "".join(f" {name}" for name in names or ["nothing"])
-        parts.append(f"<{time:.1f} seconds>{words}")
-    return "".join(parts)
 
 
 def text_conversation(seed: int, index: int, fps: float = SAMPLED_FPS) -> list[dict]:

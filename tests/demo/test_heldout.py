@@ -1,5 +1,7 @@
 """The loss on held-out clips, and the models between the stages of a run."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -81,7 +83,7 @@ def test_the_model_at_the_end_of_each_stage_is_found_again(folder, processor, op
     result = train(config, folder / "run")
     models = [jax.tree.leaves(nnx.state(m)) for m in heldout.models_between_stages(config, folder / "run")]
     assert len(models) == 3
-    for before, after in zip(models, models[1:], strict=False):
+    for before, after in itertools.pairwise(models):
         assert any(np.abs(np.asarray(a) - np.asarray(b)).max() > 1e-4 for a, b in zip(before, after, strict=True))
     written = jax.tree.leaves(nnx.state(QwenVL.from_pretrained(result.model, dtype="float32")))
     for a, b in zip(models[-1], written, strict=True):
