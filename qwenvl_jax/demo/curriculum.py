@@ -1,0 +1,153 @@
+"""The demo's model and its curriculum: a text warm-up, then S0 to S3 on clips, as one run.
+
+The warm-up stands in for the pretrained language model that S0 presupposes: the same questions and answers, with the
+clips told in words. S0 then moves only the mergers, which learn to say in the decoder's words what the (still random)
+tower sees; from S1 on everything learns, on clips of up to 7, then 9.5, then 12 seconds, short ones in every stage.
+
+    text  |warm-up, words in place of pixels|
+    s0                                      |mergers|
+    s1                                              |all, to 7 s |
+    s2                                                           |all, to 9.5 s |
+    s3                                                                          |all, to 12 s        |
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from qwenvl_jax.config import QwenVLConfig, RopeConfig, TextConfig, VisionConfig
+from qwenvl_jax.data.packing import BatchShape
+from qwenvl_jax.data.processor import Processor
+from qwenvl_jax.demo.clips import Clip, make_clips
+from qwenvl_jax.demo.records import training_conversations, write_records
+from qwenvl_jax.demo.vocabulary import write_processor_folder
+from qwenvl_jax.demo.warmup import text_conversation
+from qwenvl_jax.train.config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
+
+# Where the single stages of `configs/demo` find their data, made there on first use.
+DATA = pathlib.Path("runs/demo/data")
+LONGEST = {"s0": 7.0, "s1": 7.0, "s2": 9.5, "s3": 12.0}
+LENGTH = {"text": 512, "s0": 384, "s1": 384, "s2": 448, "s3": 512}
+ABOUT = {
+    "text": "warm-up: clips told in words, everything learns",
+    "s0": "mergers alone, clips up to 7 s",
+    "s1": "everything, clips up to 7 s",
+    "s2": "everything, clips up to 9.5 s",
+    "s3": "everything, clips up to 12 s",
+}
+# Steps of each stage: in the demo of a few minutes, and in the one that makes the model that ships.
+QUICK_STEPS = {"text": 200, "s0": 60, "s1": 100, "s2": 60, "s3": 100}
+FULL_STEPS = {"text": 1500, "s0": 150, "s1": 1500, "s2": 1200, "s3": 2400}
+
+
+def train_clips(full: bool) -> int:
+    """How many training clips are made."""
+    return 4000 if full else 300
+
+
+def tiny_config(processor: Processor) -> QwenVLConfig:
+    """A Qwen3-VL of 1.3 million parameters with the tokenizer of the demo: every part of the real one, small."""
+    # Rounded up, so that the embedding splits over devices.
+    entries = -(-processor.tokenizer.get_vocab_size() // 64) * 64
+    return QwenVLConfig(
+        text=TextConfig(
+            vocab_size=entries,
+            hidden_size=128,
+            intermediate_size=320,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            rope=RopeConfig(theta=10_000.0, mrope_section=(6, 5, 5)),
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+        ),
+        vision=VisionConfig(
+            depth=3,
+            hidden_size=64,
+            intermediate_size=192,
+            num_heads=4,
+            out_hidden_size=128,
+            deepstack_visual_indexes=(0, 1),
+            num_position_embeddings=64,
+        ),
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_start_token_id=processor.vision_start_token_id,
+        vision_end_token_id=processor.vision_end_token_id,
+    )
+
+
+def write_data(
+    folder: pathlib.Path, clips: Sequence[tuple[pathlib.Path, Clip]], seed: int, texts: int, passes: int = 1
+) -> None:
+    """Writes the processor folder and a JSONL file for each stage: `texts` warm-up texts, `passes` orders a clip."""
+    write_processor_folder(folder / "processor")
+    told = ((f"text-{i}", text_conversation(seed, i)) for i in range(texts))
+    write_records(folder / "text.jsonl", told)
+    for stage, longest in LONGEST.items():
+        write_records(folder / f"{stage}.jsonl", training_conversations(clips, seed, passes, longest))
+
+
+def stage(name: str, steps: int, folder: pathlib.Path = DATA) -> StageConfig:
+    """One stage over the data in `folder`."""
+    length = LENGTH[name]
+    # A packed row of clips has about one patch for every token, in frames of 16 or 24 patches: rows of 48 hold both
+    # without a gap.
+    vision = () if name == "text" else ((-(-4 * length // 48), 48),)
+    return StageConfig(
+        name=name,
+        steps=steps,
+        data=DataConfig(source=str(folder / f"{name}.jsonl"), cache_bytes=3 << 30),
+        batch=BatchShape(rows=4, length=length, vision=vision),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=0.02,
+            adam_learning_rate=3e-3,
+            warmup_steps=min(50, steps // 10),
+            final_fraction=0.03,
+        ),
+        trainable="mergers" if name == "s0" else "all",
+        loss="token",
+        unroll=True,
+    )
+
+
+def run_config(stages: Sequence[StageConfig], folder: pathlib.Path, seed: int = 0) -> TrainConfig:
+    """A run of these stages from random weights; its checkpoints keep the end of every stage."""
+    processor = Processor.from_pretrained(write_processor_folder(folder / "processor"))
+    return TrainConfig(
+        model=tiny_config(processor),
+        stages=tuple(stages),
+        processor=str(folder / "processor"),
+        seed=seed,
+        checkpoint_every=500,
+        keep_checkpoints=100,
+    )
+
+
+def prepare(
+    out: pathlib.Path, clips: Sequence[tuple[pathlib.Path, Clip]], *, full: bool = False, seed: int = 0
+) -> TrainConfig:
+    """Writes what the demo's run reads into `out`/data, and returns its settings."""
+    folder, steps = out / "data", FULL_STEPS if full else QUICK_STEPS
+    write_data(folder, clips, seed, texts=8 * steps["text"])
+    return run_config([stage(name, count, folder) for name, count in steps.items()], folder, seed)
+
+
+def single_stage(name: str) -> TrainConfig:
+    """A run of one stage, as `configs/demo` has it, over data that `prepare_single` makes."""
+    return run_config([stage(name, QUICK_STEPS[name])], DATA)
+
+
+def whole_curriculum() -> TrainConfig:
+    """A run of all stages over the same data."""
+    return run_config([stage(name, steps) for name, steps in QUICK_STEPS.items()], DATA)
+
+
+def prepare_single(config: TrainConfig) -> None:
+    """Makes the clips and records that `configs/demo` reads, if they are missing and the config still reads them."""
+    own = {str(DATA / f"{name}.jsonl") for name in LENGTH}
+    wanted = {stage.data.source for stage in config.stages if isinstance(stage.data.source, str)}
+    if any(path in own and not pathlib.Path(path).exists() for path in wanted):
+        clips = make_clips(DATA.parent / "clips", "train", train_clips(full=False), 0)
+        write_data(DATA, clips, 0, texts=8 * QUICK_STEPS["text"])
