@@ -2,7 +2,8 @@
 
     qwenvl-jax train configs/demo/s3.py --out runs/demo/s3
 
-Starts from random weights; `--init DIR` goes on from those of another run, `DIR/model`. The clips are made on first use.
+Starts from random weights; `--init DIR` goes on from those of another run (its `model` folder). The clips are made on
+first use.
 """
 
 from qwenvl_jax.demo.curriculum import prepare_single as prepare  # noqa: F401

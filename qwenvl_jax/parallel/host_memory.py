@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Has the allocator keep what a CPU step frees for the next step, and says whether it does now.
 
     glibc hands large blocks back to the system when they are freed, so that each step has its hundreds of megabytes
-    of temporaries mapped and zeroed anew: a fifth to a third of the time of a small model's step. The process then holds
+    of temporaries mapped and zeroed anew: a fifth to a third of the time of a small step. The process then holds
     the memory of its largest step until it ends.
 
     Does nothing, and returns False, on accelerators and where the C library is not glibc.

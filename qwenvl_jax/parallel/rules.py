@@ -14,7 +14,7 @@ from qwenvl_jax.errors import ConfigError
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# Fully sharded over `fsdp` along the model width, Megatron-style over `tensor` along heads, feed-forward and vocabulary.
+# Fully sharded over `fsdp` along the model width, over `tensor` along heads, feed-forward and vocabulary.
 # Small per-head vectors and the layer axis of a stack stay whole.
 DEFAULT_RULES: Rules = {
     "layers": None,
