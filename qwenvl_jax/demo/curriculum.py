@@ -36,12 +36,13 @@ ABOUT = {
 }
 # Steps of each stage: in the demo of a few minutes, and in the one that makes the model that ships.
 QUICK_STEPS = {"text": 200, "s0": 60, "s1": 100, "s2": 60, "s3": 100}
-FULL_STEPS = {"text": 1500, "s0": 150, "s1": 1500, "s2": 1200, "s3": 2400}
+FULL_STEPS = {"text": 3000, "s0": 150, "s1": 1200, "s2": 900, "s3": 1800}
+PEAK_RATE = {"text": 0.02, "s0": 0.02, "s1": 0.02, "s2": 0.015, "s3": 0.015}
 
 
 def train_clips(full: bool) -> int:
     """How many training clips are made."""
-    return 4000 if full else 300
+    return 6000 if full else 300
 
 
 def tiny_config(processor: Processor) -> QwenVLConfig:
@@ -101,8 +102,8 @@ def stage(name: str, steps: int, folder: pathlib.Path = DATA) -> StageConfig:
         batch=BatchShape(rows=4, length=length, vision=vision),
         optimizer=OptimizerConfig(
             name="muon",
-            learning_rate=0.02,
-            adam_learning_rate=3e-3,
+            learning_rate=PEAK_RATE[name],
+            adam_learning_rate=0.15 * PEAK_RATE[name],
             warmup_steps=min(50, steps // 10),
             final_fraction=0.03,
         ),
