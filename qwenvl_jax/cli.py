@@ -1,7 +1,7 @@
 """The command line: parsers, and the one place where errors become a line and an exit status. The work is done below.
 
-Exit status: 0 done; 2 a mistake in the arguments, a file or the surroundings, told in one line on standard error; 130
-interrupted. Anything else is a defect of this package and shows its traceback.
+Exit status: 0 done; 1 the demo's figures fall short; 2 a mistake in the arguments, a file or the surroundings, told in
+one line on standard error; 130 interrupted. Anything else is a defect of this package and shows its traceback.
 """
 
 import argparse
@@ -104,9 +104,65 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_chat(commands)
+    _add_demo(commands)
     _add_train(commands)
+    _add_chat(commands)
     return parser, commands.choices
+
+
+def _add_demo(commands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="the whole job at toy scale on this machine, with a report",
+        description="Makes video files, trains a tiny model on them through S0 to S3, asks the model that ships with\n"
+        "this package when things happen in clips it never saw, exports it, and writes report.html.",
+        epilog=f"""examples:
+  {PROG} demo
+  {PROG} demo --full --out runs/full     trains from nothing to the quality of the shipped model
+
+Exit status 1 means that a figure fell short of what the demo has to show; the report says which. Started again in the
+same folder, it continues where it was.""",
+    )
+    parser.add_argument("--out", metavar="DIR", default="runs/demo", help="the demo's folder; default: %(default)s")
+    parser.add_argument("--full", action="store_true", help="train to the end, up to an hour, and judge that model")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of clips and training; default: %(default)s")
+    parser.set_defaults(work=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from qwenvl_jax.demo.run import demo
+
+    return demo(options.out, full=options.full, seed=options.seed)
+
+
+def _add_train(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="a stage or a whole curriculum, from a config file",
+        usage=f"{PROG} train CONFIG [--model NAME] [--out DIR] [--key value ...]",
+        description="Trains as a config file says. Started again with the same arguments after it was stopped or "
+        "killed,\na run continues from its latest checkpoint as if nothing had happened.",
+        epilog=f"""examples:
+  {PROG} train configs/demo/s1.py
+  {PROG} train configs/demo/s1.py --out runs/short --steps 20 --optimizer.learning_rate 0.001
+
+--key value changes a setting of the config file by its dotted name; a setting of a stage, without its prefix, is
+changed in every stage.""",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a Python file with get_config(), such as those in configs/")
+    parser.add_argument("--model", metavar="NAME", help="in place of the config's: a preset, a folder or a hub id")
+    parser.add_argument("--out", metavar="DIR", help="the run's folder; default: runs/, by the config's name")
+    parser.set_defaults(work=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from qwenvl_jax.train.loop import train_command
+
+    result = train_command(options.config, options.overrides, model=options.model, out=options.out)
+    if result.model is None:  # stopped by a signal, with a checkpoint written
+        return INTERRUPTED
+    print(f"{result.steps} steps are done; the model is in {result.model}")
+    return 0
 
 
 def _add_chat(commands) -> None:
@@ -161,34 +217,4 @@ def _chat(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         dialect=options.dialect,
     )
-    return 0
-
-
-def _add_train(commands) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="a stage or a whole curriculum, from a config file",
-        usage=f"{PROG} train CONFIG [--model NAME] [--out DIR] [--key value ...]",
-        description="Trains as a config file says. Started again with the same arguments after it was stopped or "
-        "killed,\na run continues from its latest checkpoint as if nothing had happened.",
-        epilog=f"""examples:
-  {PROG} train configs/demo/s1.py
-  {PROG} train configs/demo/s1.py --out runs/short --steps 20 --optimizer.learning_rate 0.001
-
---key value changes a setting of the config file by its dotted name; a setting of a stage, without its prefix, is
-changed in every stage.""",
-    )
-    parser.add_argument("config", metavar="CONFIG", help="a Python file with get_config(), such as those in configs/")
-    parser.add_argument("--model", metavar="NAME", help="in place of the config's: a preset, a folder or a hub id")
-    parser.add_argument("--out", metavar="DIR", help="the run's folder; default: runs/, by the config's name")
-    parser.set_defaults(work=_train)
-
-
-def _train(options: argparse.Namespace) -> int:
-    from qwenvl_jax.train.loop import train_command
-
-    result = train_command(options.config, options.overrides, model=options.model, out=options.out)
-    if result.model is None:  # stopped by a signal, with a checkpoint written
-        return INTERRUPTED
-    print(f"{result.steps} steps are done; the model is in {result.model}")
     return 0

@@ -8,10 +8,11 @@ import pytest
 
 import qwenvl_jax
 from qwenvl_jax import cli
+from qwenvl_jax.demo import run
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.train import loop
 
-COMMANDS = ("chat", "train")
+COMMANDS = ("demo", "train", "chat")
 
 
 def test_version(capsys):
@@ -44,7 +45,7 @@ def test_help_of_a_command_has_examples(command, capsys):
     ("arguments", "words"),
     [
         (["chta"], ["'chta'", "did you mean 'chat'"]),
-        (["xyzzy"], ["'xyzzy'", "chat, train"]),
+        (["xyzzy"], ["'xyzzy'", "demo, train, chat"]),
         (["--versoin"], ["qwenvl-jax --help"]),
         (["chat", "model"], ["QUESTION", "qwenvl-jax chat --help"]),
         (["chat", "model", "question", "--vidoe", "a.mp4"], ["'--vidoe'", "did you mean '--video'"]),
@@ -131,6 +132,14 @@ def test_train_passes_on_what_it_is_given(monkeypatch, capsys):
 def test_a_training_run_that_was_stopped_says_so_in_its_status(monkeypatch):
     monkeypatch.setattr(loop, "train_command", lambda *_, **__: loop.RunResult("runs/x", 2, 3, None))
     assert cli.main(["train", "c.py"]) == 130
+
+
+def test_demo_passes_on_what_it_is_given(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "demo", lambda *arguments, **options: seen.append((arguments, options)) or 1)
+    assert cli.main(["demo"]) == 1
+    assert cli.main(["demo", "--full", "--seed", "3", "--out", "runs/x"]) == 1
+    assert seen == [(("runs/demo",), {"full": False, "seed": 0}), (("runs/x",), {"full": True, "seed": 3})]
 
 
 def test_chat_answers_about_a_video_and_images(tiny_checkpoint, clip, tmp_path, capsys):

@@ -78,8 +78,8 @@ def test_links_and_make_targets(page):
 def test_commands_parse(page, monkeypatch):
     """Every `qwenvl-jax` line in a shell block names a command and options that exist."""
     seen = []
-    monkeypatch.setattr(cli, "_chat", lambda options: seen.append(options) or 0)
-    monkeypatch.setattr(cli, "_train", lambda options: seen.append(options) or 0)
+    for command in cli._parsers()[1]:
+        monkeypatch.setattr(cli, f"_{command}", lambda options: seen.append(options) or 0)
     lines = [line for block in _blocks(PAGES[page], "bash") for line in block.replace("\\\n", " ").splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("qwenvl-jax ")]
     for command in commands:
@@ -87,6 +87,7 @@ def test_commands_parse(page, monkeypatch):
     assert len(seen) == len(commands)
 
 
+@pytest.mark.slow
 def test_guide_trains(tiny_checkpoint, clip, tmp_path, monkeypatch, optax_promotes):
     """The guide's record, config and small command, as they stand."""
     guide = PAGES["guide.md"]
