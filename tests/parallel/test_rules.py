@@ -1,0 +1,96 @@
+"""Where weights live, and that a model split over eight devices computes what one device computes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.models.qwenvl import QwenVL
+from qwenvl_jax.parallel.mesh import make_mesh, single_device_mesh
+from qwenvl_jax.parallel.rules import DEFAULT_RULES, param_shardings, partition_spec, shard_batch
+
+
+def test_a_collision_names_the_weight_and_both_axes():
+    mesh = make_mesh(fsdp=4, tensor=2)
+    with pytest.raises(ConfigError, match=r"layers\.q\.kernel.*'embed'.*'heads'.*'tensor'"):
+        partition_spec("layers.q.kernel", (8, 8), ("embed", "heads"), mesh, DEFAULT_RULES | {"embed": "tensor"})
+
+
+def test_a_size_that_does_not_divide_names_the_weight_and_the_axis():
+    with pytest.raises(ConfigError, match=r"head\.kernel.*'vocab' of size 9.*2 ways.*tensor"):
+        partition_spec("head.kernel", (8, 9), ("embed", "vocab"), make_mesh(fsdp=4, tensor=2), DEFAULT_RULES)
+
+
+def test_an_axis_without_a_rule_is_refused():
+    with pytest.raises(ConfigError, match="no sharding rule for its axis 'colour'"):
+        partition_spec("x", (8,), ("colour",), single_device_mesh(), DEFAULT_RULES)
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(ConfigError, match="needs 6 devices, but there are 8"):
+        make_mesh(fsdp=3, tensor=2)
+    with pytest.raises(ConfigError, match="unknown mesh axis 'model'"):
+        make_mesh(model=8)
+
+
+def test_a_batch_that_the_data_axes_do_not_divide_is_refused(mixed_batch):
+    with pytest.raises(ConfigError, match="which data \\* fsdp = 4 devices do not divide"):
+        shard_batch(jax.tree.map(lambda x: x[:1], mixed_batch), make_mesh(fsdp=4, tensor=2))
+
+
+def test_split_over_eight_devices_it_computes_the_same(even_config, mixed_batch):
+    model = QwenVL(even_config, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+
+    def loss(state, batch):
+        logits = nnx.merge(graph, state)(batch)
+        return jax.numpy.mean(jax.nn.logsumexp(logits, axis=-1)), logits
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, wanted), wanted_gradients = run(state, mixed_batch)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(state, param_shardings(state, mesh))
+    kernel = placed["text"]["layers"]["mlp"]["gate"]["kernel"].get_value()
+    assert kernel.addressable_shards[0].data.shape == (kernel.shape[0], kernel.shape[1] // 2, kernel.shape[2] // 2)
+    (_, got), gradients = run(placed, shard_batch(mixed_batch, mesh))
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted_gradients), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(np.abs(other).max()) + 1e-9)
+
+
+@pytest.fixture
+def even_config():
+    """A shape that every mesh axis divides."""
+    from tests.checkpoint.shape import TINY
+
+    text = dataclasses.replace(
+        TINY.text, vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2
+    )
+    vision = dataclasses.replace(TINY.vision, hidden_size=32, intermediate_size=40, num_heads=2, out_hidden_size=32)
+    return dataclasses.replace(TINY, text=text, vision=vision)
+
+
+@pytest.fixture
+def mixed_batch(even_config):
+    """Four rows in four groups: each has one picture of another size, two samples, and padding."""
+    from qwenvl_jax.data.collate import collate
+    from qwenvl_jax.data.sample import Media, Sample
+
+    rng, vision = np.random.default_rng(0), even_config.vision
+    unit = vision.spatial_merge_size**2
+
+    def sample(n, grid):
+        count = grid[0] * grid[1] * grid[2]
+        index = np.full(n, -1, np.int32)
+        index[2 : 2 + count // unit] = np.arange(count // unit)
+        tokens = rng.integers(0, 60, n, dtype=np.int32)
+        positions = np.repeat(np.arange(n, dtype=np.int32)[:, None], 3, axis=1)
+        patches = rng.integers(0, 256, (count, vision.patch_dim), dtype=np.uint8)
+        return Sample(tokens, positions, tokens, np.ones(n, np.float32), index, (Media("image", patches, grid),))
+
+    rows = [[sample(12, (1, 2, 2 * r + 2)), sample(9 + r, (1, 4, 2))] for r in range(4)]
+    table = np.linspace(-1, 1, 256, dtype=np.float32)[None].repeat(3, 0)
+    return collate(rows, length=32, pixel_table=table, groups=4, vision_shape=((2, 16),), pad_token_id=0)
