@@ -21,12 +21,13 @@ from qwenvl_jax.demo.clips import Clip, make_clips
 from qwenvl_jax.demo.records import training_conversations, write_records
 from qwenvl_jax.demo.vocabulary import write_processor_folder
 from qwenvl_jax.demo.warmup import text_conversation
-from qwenvl_jax.train.config import DataConfig, OptimizerConfig, StageConfig, TrainConfig
+from qwenvl_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, StageConfig, TrainConfig
 
 # Where the single stages of `configs/demo` find their data, made there on first use.
 DATA = pathlib.Path("runs/demo/data")
-LONGEST = {"s0": 7.0, "s1": 7.0, "s2": 9.5, "s3": 12.0}
-LENGTH = {"text": 512, "s0": 384, "s1": 384, "s2": 448, "s3": 512}
+LONGEST = {"s1": 7.0, "s2": 9.5, "s3": 12.0}
+ROWS, LENGTH = 4, 512
+_DATA_OF = {"s0": "s1"}
 ABOUT = {
     "text": "warm-up: clips told in words, everything learns",
     "s0": "mergers alone, clips up to 7 s",
@@ -36,7 +37,7 @@ ABOUT = {
 }
 # Steps of each stage: in the demo of a few minutes, and in the one that makes the model that ships.
 QUICK_STEPS = {"text": 200, "s0": 60, "s1": 100, "s2": 60, "s3": 100}
-FULL_STEPS = {"text": 3000, "s0": 150, "s1": 1200, "s2": 900, "s3": 1800}
+FULL_STEPS = {"text": 2200, "s0": 120, "s1": 800, "s2": 700, "s3": 1500}
 PEAK_RATE = {"text": 0.02, "s0": 0.02, "s1": 0.02, "s2": 0.015, "s3": 0.015}
 
 
@@ -91,15 +92,14 @@ def write_data(
 
 def stage(name: str, steps: int, folder: pathlib.Path = DATA) -> StageConfig:
     """One stage over the data in `folder`."""
-    length = LENGTH[name]
-    # A packed row of clips has about one patch for every token, in frames of 16 or 24 patches: rows of 48 hold both
+    # A row of clips has about one patch for every token, in frames of 16 or 24 patches: vision rows of 48 hold either
     # without a gap.
-    vision = () if name == "text" else ((-(-4 * length // 48), 48),)
+    vision = () if name == "text" else ((ROWS * LENGTH // 48 + 6, 48),)
     return StageConfig(
         name=name,
         steps=steps,
-        data=DataConfig(source=str(folder / f"{name}.jsonl"), cache_bytes=3 << 30),
-        batch=BatchShape(rows=4, length=length, vision=vision),
+        data=DataConfig(source=str(folder / f"{_DATA_OF.get(name, name)}.jsonl"), cache_bytes=3 << 30),
+        batch=BatchShape(rows=ROWS, length=LENGTH, vision=vision),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=PEAK_RATE[name],
@@ -123,6 +123,7 @@ def run_config(stages: Sequence[StageConfig], folder: pathlib.Path, seed: int = 
         seed=seed,
         checkpoint_every=500,
         keep_checkpoints=100,
+        mesh=MeshConfig(fsdp=1),
     )
 
 
@@ -147,7 +148,7 @@ def whole_curriculum() -> TrainConfig:
 
 def prepare_single(config: TrainConfig) -> None:
     """Makes the clips and records that `configs/demo` reads, if they are missing and the config still reads them."""
-    own = {str(DATA / f"{name}.jsonl") for name in LENGTH}
+    own = {str(DATA / f"{name}.jsonl") for name in ("text", *LONGEST)}
     wanted = {stage.data.source for stage in config.stages if isinstance(stage.data.source, str)}
     if any(path in own and not pathlib.Path(path).exists() for path in wanted):
         clips = make_clips(DATA.parent / "clips", "train", train_clips(full=False), 0)

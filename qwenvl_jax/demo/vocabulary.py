@@ -23,7 +23,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 # Sampled frames a second when a conversation does not say; two sampled frames make one temporal patch.
-SAMPLED_FPS = 3.0
+SAMPLED_FPS = 4.0
 
 # A word takes the space before it and one mark behind it (" seconds>", " appear?"); a digit stands alone.
 _SPLIT = r" ?\p{L}+[>?\n]?|\p{N}|[^\p{L}\p{N}]+"
