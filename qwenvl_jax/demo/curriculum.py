@@ -121,7 +121,7 @@ def run_config(stages: Sequence[StageConfig], folder: pathlib.Path, seed: int = 
         stages=tuple(stages),
         processor=str(folder / "processor"),
         seed=seed,
-        checkpoint_every=500,
+        checkpoint_every=max(sum(stage.steps for stage in stages) // 20, 5),
         keep_checkpoints=100,
         mesh=MeshConfig(fsdp=1),
     )
