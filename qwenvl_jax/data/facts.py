@@ -31,17 +31,20 @@ def processor_key(processor) -> str:
 
 
 def sample_key(record: Record, processor_key: str) -> str:
-    """What identifies a processed sample: its text, its files' sizes and times, the processor; "" if nothing can."""
+    """What identifies a processed record: its text, its files' sizes and times, the processor; "" if nothing can."""
     if not record.content or not processor_key:
         return ""
-    digest = hashlib.sha256(f"{processor_key} {record.content}".encode())
-    for path in media_paths(record.messages):
-        try:
-            status = os.stat(path)
-        except OSError:
-            return ""
-        digest.update(f" {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()
+    try:
+        states = [file_state(path) for path in media_paths(record.messages)]
+    except OSError:
+        return ""
+    return hashlib.sha256(f"{processor_key} {record.content} {states}".encode()).hexdigest()
+
+
+def file_state(path: str | os.PathLike) -> tuple[int, int]:
+    """Size and time of a file: what changes when it is written anew."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def measure_source(

@@ -1,19 +1,17 @@
 """From a plan to batches: Grain over the steps of the plan, a cache of decoded samples, a hash of each batch.
 
-    plan[n] -> samples (decoded once, kept) -> collate -> Batch          by Grain's threads or worker processes
+    plan[n] -> samples (media decoded once, kept) -> collate -> Batch      by Grain's threads or worker processes
 
 The iterator's state is Grain's own and small; a run that resumes from it reads no sample that it does not need.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import tempfile
-import threading
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import grain
@@ -22,9 +20,10 @@ import numpy as np
 
 from qwenvl_jax.batch import Batch
 from qwenvl_jax.data.collate import collate
-from qwenvl_jax.data.facts import sample_key
+from qwenvl_jax.data.facts import file_state
+from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import Plan
-from qwenvl_jax.data.sample import Media, Sample
+from qwenvl_jax.data.sample import Sample
 from qwenvl_jax.data.sources import Source
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 
@@ -61,78 +60,85 @@ class PlannedBatch:
 
 
 class SampleCache:
-    """Processed samples by number, each decoded once as long as they fit into `memory_bytes`.
-
-    Safe to use from several threads; two that want the same sample wait for one decoding.
+    """Processed samples by number. Tokens and decoded media are kept apart, so that records that show the same clip in
+    the same way, of this source or of another that shares `kept`, share its patches.
 
     Args:
       source: of the records.
-      processor: its `sample(conversation)` makes a `Sample`.
-      memory_bytes: upper bound of what is kept; the samples used longest ago go first.
-      folder: where processed samples are kept across runs, one file each; None keeps none.
+      processor: its `sample(conversation, read=...)` makes a `Sample`.
+      kept: what keeps them, as far as they fit.
+      folder: where decoded media are kept across runs, one file each; None keeps none.
       processor_key: a hash of the processor's settings, part of those files' names.
     """
 
-    def __init__(self, source: Source, processor, *, memory_bytes: int, folder=None, processor_key: str = ""):
-        self._source, self._processor = source, processor
-        self._memory_bytes, self._folder, self._processor_key = memory_bytes, folder, processor_key
-        self._kept: collections.OrderedDict[int, concurrent.futures.Future] = collections.OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def __reduce__(self):
-        return _sample_cache, (self._source, self._processor, self._memory_bytes, self._folder, self._processor_key)
+    def __init__(self, source: Source, processor, *, kept: Kept, folder=None, processor_key: str = ""):
+        self._source, self._processor, self._kept = source, processor, kept
+        self._folder, self._processor_key = Path(folder) if folder else None, processor_key
 
     def __getitem__(self, index: int) -> Loaded:
-        with self._lock:
-            future = self._kept.get(index)
-            mine = future is None
-            if mine:
-                future = self._kept[index] = concurrent.futures.Future()
-            self._kept.move_to_end(index)
-        if not mine:
-            return future.result()
+        found: list[np.ndarray] = []
+
+        def make() -> tuple[Loaded, list[str]]:
+            loaded, keys, patches = self._load(index)
+            found.extend(patches)
+            return loaded, keys
+
+        loaded, keys = self._kept.get((id(self), index), make, lambda made: 1000 + 40 * len(made[0].sample.tokens))
+        patches = found or [self._kept.peek(key) for key in keys]
+        if any(array is None for array in patches):
+            _, _, patches = self._load(index)
+        media = tuple(
+            dataclasses.replace(medium, patches=array)
+            for medium, array in zip(loaded.sample.media, patches, strict=True)
+        )
+        return dataclasses.replace(loaded, sample=dataclasses.replace(loaded.sample, media=media))
+
+    def _load(self, index: int) -> tuple[Loaded, list[str], list[np.ndarray]]:
+        """A sample whose media have no patches, and the keys and patches of its media."""
+        record, keys, patches = self._source[index], [], []
+
+        def read(part: dict, decode: Callable[[], np.ndarray]) -> np.ndarray:
+            key = _media_key(part, self._processor_key)
+            # Media in memory belong to their record alone.
+            keys.append(key or f"{id(self)} {index} {len(keys)}")
+            path = self._folder / f"{key}.npy" if self._folder and key and self._processor_key else None
+            make = functools.partial(_on_disk, path, decode) if path else decode
+            patches.append(self._kept.get(keys[-1], make, lambda array: array.nbytes))
+            return patches[-1][:0]
+
         try:
-            loaded = self._load(index)
-        except BaseException as error:
-            with self._lock:
-                del self._kept[index]
-            future.set_exception(error)
-            raise
-        future.set_result(loaded)
-        self._make_room(loaded)
-        return loaded
-
-    def _make_room(self, loaded: Loaded) -> None:
-        with self._lock:
-            self._bytes += _size(loaded.sample)
-            for index, future in list(self._kept.items()):
-                if self._bytes <= self._memory_bytes:
-                    break
-                if future.done():
-                    del self._kept[index]
-                    self._bytes -= _size(future.result().sample)
-
-    def _load(self, index: int) -> Loaded:
-        record = self._source[index]
-        key = sample_key(record, self._processor_key) if self._folder else ""
-        path = Path(self._folder) / f"{key}.npz" if key else None
-        sample = _read_sample(path) if path else None
-        if sample is None:
-            try:
-                sample = self._processor.sample(record.messages)
-            except QwenVLError as error:
-                raise DataError(f"{record.where}: {error}") from error
-            if path:
-                _write_sample(path, sample)
+            sample = self._processor.sample(record.messages, read=read)
+        except QwenVLError as error:
+            raise DataError(f"{record.where}: {error}") from error
         digest = hashlib.sha256()
-        for array in (sample.tokens, sample.targets, sample.loss_weights, *(media.patches for media in sample.media)):
+        for array in (sample.tokens, sample.targets, sample.loss_weights, *patches):
             digest.update(np.ascontiguousarray(array))
-        return Loaded(record.id, sample, digest.digest())
+        return Loaded(record.id, sample, digest.digest()), keys, patches
 
 
-def _sample_cache(source, processor, memory_bytes, folder, processor_key) -> SampleCache:
-    return SampleCache(source, processor, memory_bytes=memory_bytes, folder=folder, processor_key=processor_key)
+def _media_key(part: dict, processor_key: str) -> str:
+    """What identifies the patches of an image or a video: the file's state and how it is shown; "" if not a file."""
+    if not isinstance(part[part["type"]], str | os.PathLike):
+        return ""
+    path = os.fspath(part[part["type"]])
+    shown = {name: value for name, value in part.items() if name != part["type"]}
+    text = (
+        f"{processor_key} {os.path.abspath(path)} {file_state(path)} {json.dumps(shown, sort_keys=True, default=repr)}"
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _on_disk(path: Path, decode: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in a file; decoded, and written whole or not at all, if it is missing or damaged."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        array = decode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}.", delete=False) as file:
+        np.save(file, array)
+    os.replace(file.name, path)
+    return array
 
 
 class BatchLoader:
@@ -202,39 +208,3 @@ def batches(loader: BatchLoader, steps: int, *, threads: int = 2, workers: int =
     if workers:
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(dataset)
-
-
-def _size(sample: Sample) -> int:
-    return sum(media.patches.nbytes for media in sample.media) + 40 * len(sample.tokens)
-
-
-def _write_sample(path: Path, sample: Sample) -> None:
-    """Writes a processed sample whole or not at all."""
-    arrays = {f.name: getattr(sample, f.name) for f in dataclasses.fields(Sample) if f.name != "media"}
-    for i, media in enumerate(sample.media):
-        arrays |= {f"{i}.kind": media.kind, f"{i}.patches": media.patches, f"{i}.grid": media.grid}
-        arrays[f"{i}.times"] = np.asarray(media.times, np.float64)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
-        np.savez(file, **arrays)
-    os.replace(file.name, path)
-
-
-def _read_sample(path: Path) -> Sample | None:
-    """A sample that `_write_sample` wrote; None if there is none or its file is damaged, for it can be made again."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            fields = {f.name: arrays[f.name] for f in dataclasses.fields(Sample) if f.name != "media"}
-            count = sum(name.endswith(".kind") for name in arrays.files)
-            media = tuple(
-                Media(
-                    kind=str(arrays[f"{i}.kind"]),
-                    patches=arrays[f"{i}.patches"],
-                    grid=tuple(arrays[f"{i}.grid"].tolist()),
-                    times=tuple(arrays[f"{i}.times"].tolist()),
-                )
-                for i in range(count)
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    return Sample(**fields, media=media)

@@ -46,6 +46,7 @@ class Facts:
 class _Opened:
     """A medium that is measured, with the way to its patches."""
 
+    part: dict
     kind: str
     grid: tuple[int, int, int]
     times: tuple[float, ...]
@@ -153,8 +154,20 @@ class Processor:
             patch_dim=self.patch_dim,
         )
 
-    def sample(self, conversation: list[dict], add_generation_prompt: bool = False) -> Sample:
+    def sample(
+        self,
+        conversation: list[dict],
+        add_generation_prompt: bool = False,
+        *,
+        read: Callable[[dict, Callable[[], np.ndarray]], np.ndarray] | None = None,
+    ) -> Sample:
         """One conversation with its pixels.
+
+        Args:
+          conversation: a list of messages.
+          add_generation_prompt: whether it ends with the assistant's turn opened.
+          read: given the part of each image and video, in reading order, and a function that decodes it, returns its
+            patches; a cache of decoded media comes in here.
 
         Raises:
           ConversationError: a malformed message, named by its index.
@@ -162,7 +175,8 @@ class Processor:
         """
         opened = self._open(conversation)
         sample = self._tokens(conversation, opened, add_generation_prompt)
-        media = tuple(Media(kind=o.kind, patches=o.load(), grid=o.grid, times=o.times) for o in opened)
+        read = read or (lambda part, load: load())
+        media = tuple(Media(kind=o.kind, patches=read(o.part, o.load), grid=o.grid, times=o.times) for o in opened)
         return dataclasses.replace(sample, media=media)
 
     def measure(self, conversation: list[dict], add_generation_prompt: bool = False) -> Facts:
@@ -252,7 +266,7 @@ class Processor:
             frame = image.resize(image.read_image(source), height, width)
             return self._patches(np.repeat(frame[None], config.temporal_patch_size, axis=0))
 
-        return _Opened("image", (1, height // config.patch_size, width // config.patch_size), (), load)
+        return _Opened(part, "image", (1, height // config.patch_size, width // config.patch_size), (), load)
 
     def _open_video(self, part: dict) -> _Opened:
         config, source = self.video, part["video"]
@@ -279,7 +293,7 @@ class Processor:
             return self._patches(clip)
 
         grid = (len(group_times), height // config.patch_size, width // config.patch_size)
-        return _Opened("video", grid, group_times, load)
+        return _Opened(part, "video", grid, group_times, load)
 
     def _frames_of(self, part: dict) -> tuple[np.ndarray, tuple[int, int], Callable[[], Iterable[np.ndarray]]]:
         """Times of the chosen frames of a video, (height, width), and the way to their pixels."""

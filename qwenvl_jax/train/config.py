@@ -25,8 +25,8 @@ class DataConfig:
       source: path of a JSONL file of records, several paths, or an object with `__len__` and `__getitem__`.
       shuffle: whether each epoch has an order of its own, drawn from the run's seed.
       window: samples of the stream that a step chooses from when it is packed; 0 is four for each row.
-      cache_bytes: how much memory processed samples may keep.
-      cache_dir: folder where processed samples are kept across runs; None keeps none.
+      cache_bytes: how much memory decoded media may keep; stages with the same figure share it.
+      cache_dir: folder where decoded media are kept across runs; None keeps none.
       threads: that make batches; 0 makes them between the steps.
       workers: processes that make batches, each with caches and threads of its own; 0 stays in this one.
       prefetch: batches made ahead.

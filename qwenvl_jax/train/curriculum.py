@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from qwenvl_jax.data.facts import facts_digest, measure_source, processor_key
+from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import Plan
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
-from qwenvl_jax.data.sources import Source, open_source
+from qwenvl_jax.data.sources import open_source
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.train.config import StageConfig, TrainConfig
 
@@ -49,13 +50,13 @@ class Stage:
 def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -> tuple[Stage, ...]:
     """Measures and plans the data of every stage, so that a run that cannot go through does not begin.
 
-    Stages over the same data share its facts and its decoded samples.
+    Stages over the same data share its facts; stages with the same `cache_bytes` share that room and what is in it.
 
     Raises:
       DataError: data that is missing, malformed, or can never fit the stage's batches; names the stage.
       ConfigError: a stage cannot carry the optimizer of the one before.
     """
-    stages, begin, seen, key = [], 0, {}, processor_key(processor)
+    stages, begin, seen, kept, key = [], 0, {}, {}, processor_key(processor)
     for index, stage in enumerate(config.stages):
         _check_carry(config, index)
         name = stage.data.source if isinstance(stage.data.source, str | tuple) else id(stage.data.source)
@@ -64,12 +65,13 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
                 say(f"{stage.name}: measuring the data")
                 source = open_source(stage.data.source)
                 facts = measure_source(source, processor, processor_key=key, cache=_beside(stage.data.source))
-                seen[name] = source, facts, facts_digest(facts, source), {}
-            source, facts, digest, caches = seen[name]
+                seen[name] = source, facts, facts_digest(facts, source)
+            source, facts, digest = seen[name]
             # Two streams of the same data in one run are shuffled apart.
             seed = int(np.random.SeedSequence([config.seed, index]).generate_state(1, np.uint64)[0])
             plan = Plan(facts, stage.batch, seed=seed, window=stage.data.window, shuffle=stage.data.shuffle)
-            samples = _cache(caches, source, processor, stage, key)
+            room = kept.setdefault(stage.data.cache_bytes, Kept(stage.data.cache_bytes))
+            samples = SampleCache(source, processor, kept=room, folder=stage.data.cache_dir, processor_key=key)
             loader = BatchLoader(plan, samples, processor)
         except DataError as error:
             raise DataError(f"stage {stage.name}: {error}") from error
@@ -81,14 +83,6 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
         say(f"{stage.name}: {len(facts)} samples of {tokens / len(facts):.0f} tokens on average, {stage.steps} steps")
         begin = end
     return tuple(stages)
-
-
-def _cache(caches: dict, source: Source, processor, stage: StageConfig, key: str) -> SampleCache:
-    settings = stage.data.cache_bytes, stage.data.cache_dir
-    if settings not in caches:
-        memory_bytes, folder = settings
-        caches[settings] = SampleCache(source, processor, memory_bytes=memory_bytes, folder=folder, processor_key=key)
-    return caches[settings]
 
 
 def _beside(source) -> Path | None:

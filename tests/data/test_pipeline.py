@@ -1,13 +1,16 @@
 """Sources of records, their facts, the cache of samples, and batches through Grain."""
 
+import concurrent.futures
 import dataclasses
 import json
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from qwenvl_jax.data.facts import facts_digest, measure_source, processor_key
+from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import BatchShape, Plan
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
 from qwenvl_jax.data.processor import Processor
@@ -41,10 +44,9 @@ def processor(tiny_checkpoint):
     return Processor.from_pretrained(tiny_checkpoint)
 
 
-def loader_of(source, processor, *, memory_bytes=1 << 30, folder=None, seed=0, key="") -> BatchLoader:
-    facts = measure_source(source, processor)
-    samples = SampleCache(source, processor, memory_bytes=memory_bytes, folder=folder, processor_key=key)
-    return BatchLoader(Plan(facts, SHAPE, seed=seed), samples, processor)
+def loader_of(source, processor, kept=None) -> BatchLoader:
+    samples = SampleCache(source, processor, kept=kept or Kept(1 << 30))
+    return BatchLoader(Plan(measure_source(source, processor), SHAPE, seed=0), samples, processor)
 
 
 def test_records_of_a_file(data, clip):
@@ -183,42 +185,87 @@ def test_iterator_continues_from_its_state(data, processor, threads):
     assert [step.hash for step in iterator] == whole[3:]
 
 
-def test_samples_are_decoded_once_if_they_fit(data, processor):
-    calls = []
+class CountingProcessor:
+    """A processor that notes what it decodes."""
 
-    class Counting:
-        def __getattr__(self, name):
-            return getattr(processor, name)
+    def __init__(self, processor):
+        self._processor, self.decoded = processor, []
 
-        def sample(self, messages):
-            calls.append(messages)
-            return processor.sample(messages)
+    def __getattr__(self, name):
+        return getattr(self._processor, name)
 
-    counting = Counting()
-    kept = loader_of(JsonlSource(data), counting)
-    for n in range(8):
-        kept(n)
-    assert len(calls) == 4
-    calls.clear()
-    dropped = loader_of(JsonlSource(data), counting, memory_bytes=0)
-    assert [dropped(n).hash for n in range(8)] == [kept(n).hash for n in range(8)]
-    assert len(calls) > 8
+    def sample(self, messages, read):
+        def counted(part, decode):
+            return read(part, lambda: (self.decoded.append(part), decode())[1])
+
+        return self._processor.sample(messages, read=counted)
 
 
-def test_samples_kept_on_disk(data, processor, tmp_path):
-    """Written whole, read back equal, made again when damaged."""
+def test_a_clip_is_decoded_once_if_it_fits(data, processor):
+    """Once for all records that show it alike, in all sources; without room, every time, with the same batches."""
+    counting, kept = CountingProcessor(processor), Kept(1 << 30)
+    first = loader_of(JsonlSource(data), counting, kept=kept)
+    hashes = [first(n).hash for n in range(4)]
+    assert len(counting.decoded) == 1
+    other = loader_of(JsonlSource(data), counting, kept=kept)
+    assert [other(n).hash for n in range(4)] == hashes
+    assert len(counting.decoded) == 1
+    data.write_text(data.read_text().replace('"fps": 2.0', '"fps": 4.0', 1))
+    faster = loader_of(JsonlSource(data), counting, kept=kept)
+    assert [faster(n).hash for n in range(4)] != hashes
+    assert len(counting.decoded) == 2
+
+    data.write_text(data.read_text().replace('"fps": 4.0', '"fps": 2.0'))
+    none = loader_of(JsonlSource(data), counting, kept=Kept(0))
+    assert [none(n).hash for n in range(4)] == hashes
+    assert len(counting.decoded) > 4
+
+
+def test_kept_values_share_their_room():
+    """The oldest go first, a making that fails is not kept, and two threads wait for one making."""
+    kept, made = Kept(10), []
+
+    def get(key, size):
+        return kept.get(key, lambda: made.append(key) or key * 2, lambda value: size)
+
+    assert [get(key, 4) for key in "abab"] == ["aa", "bb", "aa", "bb"]
+    get("c", 4)
+    assert (kept.peek("a"), kept.peek("b"), kept.peek("c")) == (None, "bb", "cc")
+    get("big", 11)
+    assert kept.peek("big") is None
+    with pytest.raises(ZeroDivisionError):
+        kept.get("d", lambda: 1 / 0, len)
+    assert get("d", 1) == "dd"
+
+    begun, go_on = threading.Event(), threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(kept.get, "e", lambda: (begun.set(), go_on.wait(), made.append("e"))[0], lambda value: 1)
+        begun.wait()
+        second = pool.submit(get, "e", 1)
+        go_on.set()
+        assert slow.result() is second.result() is None
+    assert made.count("e") == 1
+
+
+def test_media_kept_on_disk(data, processor, tmp_path):
+    """Written whole, read back equal, decoded again when damaged."""
     key, folder = processor_key(processor), tmp_path / "cache"
-    source = JsonlSource(data)
-    first = SampleCache(source, processor, memory_bytes=0, folder=folder, processor_key=key)[0]
+
+    def load(counting):
+        cache = SampleCache(JsonlSource(data), counting, kept=Kept(0), folder=folder, processor_key=key)
+        return cache[0]
+
+    counting = CountingProcessor(processor)
+    first = load(counting)
     (file,) = folder.iterdir()
-    again = SampleCache(source, None, memory_bytes=0, folder=folder, processor_key=key)[0]
+    again = load(counting)
+    assert len(counting.decoded) == 1
     assert again.digest == first.digest
-    assert again.sample.media[0].grid == first.sample.media[0].grid
-    assert again.sample.media[0].times == first.sample.media[0].times
-    for name in ("tokens", "positions", "targets", "loss_weights", "vision_index"):
-        np.testing.assert_array_equal(getattr(again.sample, name), getattr(first.sample, name))
+    np.testing.assert_array_equal(again.sample.media[0].patches, first.sample.media[0].patches)
     file.write_bytes(file.read_bytes()[:100])
-    assert SampleCache(source, processor, memory_bytes=0, folder=folder, processor_key=key)[0].digest == first.digest
+    assert load(counting).digest == first.digest
+    assert len(counting.decoded) == 2
+    assert list(folder.iterdir()) == [file]
 
 
 def test_errors_reach_the_caller_by_name(data, processor):
@@ -239,4 +286,4 @@ def test_vision_rows_hold_whole_merged_tokens(data, processor):
     source = JsonlSource(data)
     plan = Plan(measure_source(source, processor), BatchShape(rows=2, length=160, vision=((8, 26),)), seed=0)
     with pytest.raises(ConfigError, match="multiple of 4"):
-        BatchLoader(plan, SampleCache(source, processor, memory_bytes=0), processor)
+        BatchLoader(plan, SampleCache(source, processor, kept=Kept(0)), processor)

@@ -110,6 +110,7 @@ def killed(moment: str, config: Path, out: Path) -> subprocess.CompletedProcess:
 
 
 def _process(*arguments: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    # One device; and programs that run for a few steps are not worth optimizing.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
