@@ -24,7 +24,7 @@ from qwenvl_jax.demo.warmup import text_conversation
 from qwenvl_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, StageConfig, TrainConfig
 
 # Where the single stages of `configs/demo` find their data, made there on first use.
-DATA = pathlib.Path("runs/demo/data")
+DATA = pathlib.Path("runs/demo-stages/data")
 LONGEST = {"s1": 7.0, "s2": 9.5, "s3": 12.0}
 ROWS, LENGTH = 4, 512
 _DATA_OF = {"s0": "s1"}
