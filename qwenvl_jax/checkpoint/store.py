@@ -29,7 +29,8 @@ class CheckpointStore:
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(),
             item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            # What a killed process left half written is removed.
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True),
         )
 
     def __enter__(self):

@@ -90,16 +90,20 @@ def train_command(
       config_path: see `qwenvl_jax.train.config_file`.
       overrides: `--name value ...` arguments; see `qwenvl_jax.train.overrides`.
       model: in place of the config's: a preset's name (its shape, random weights), or the folder or hub id of a
-        pretrained model.
+        pretrained model, whose processor is then used too.
       out: the run's folder; `runs/<folder of the config>/<its name>` without it.
 
     Raises:
       QwenVLError: what is wrong with the config file, a setting, the data or the run's folder.
     """
-    config, prepare = load_config_file(config_path)
-    config = apply_overrides(config, overrides)
-    if model is not None:
-        config = dataclasses.replace(config, model=PRESETS.get(model, model))
+    written, prepare = load_config_file(config_path)
+    config = apply_overrides(written, overrides)
+    if model in PRESETS:
+        config = dataclasses.replace(config, model=PRESETS[model])
+    elif model is not None:
+        # A pretrained model brings its own processor, unless the command line names another.
+        processor = config.processor if config.processor != written.processor else None
+        config = dataclasses.replace(config, model=model, processor=processor)
     prepare(config)
     path = Path(config_path).absolute()
     return train(config, out or Path("runs") / path.parent.name / path.stem)
@@ -222,21 +226,25 @@ class _Run:
 
         return jax.tree_util.tree_map_with_path(one, state)
 
-    def _begun(self, stage: Stage, params: Params) -> TrainState:
+    def _begun(self, stage: Stage, learning: Params) -> TrainState:
         """The state at the first step of a stage, nothing carried; traceable."""
-        learning = {name: params[name] for name in self.parts.select(stage.config.trainable)}
         rng = jax.random.key_data(jax.random.key(self.config.seed))
         return TrainState(jnp.zeros((), jnp.int32), learning, self._optimizer(stage).init(learning), rng)
 
     def _fresh_state(self, stage: Stage, params: Params, before: TrainState | None) -> TrainState:
         """The state at the first step of a stage: the random key goes on, the optimizer only if the stage says so."""
-        shardings = self._state_shardings(jax.eval_shape(lambda p: self._begun(stage, p), params))
-        state = jax.jit(lambda p: self._begun(stage, p), out_shardings=shardings)(params)
+        learning = {name: params[name] for name in self.parts.select(stage.config.trainable)}
+
+        def begin(learning):
+            # The weights themselves are not among the results, which would be copies.
+            return dataclasses.replace(self._begun(stage, learning), params={})
+
+        shardings = self._state_shardings(jax.eval_shape(begin, learning))
+        state = jax.jit(begin, out_shardings=shardings)(learning)
         if before is not None:
             opt_state = before.opt_state if stage.config.carry_optimizer else state.opt_state
             state = dataclasses.replace(state, opt_state=opt_state, rng=before.rng)
-        # The jitted copy of the weights is dropped for the weights themselves.
-        return dataclasses.replace(state, params={name: params[name] for name in state.params})
+        return dataclasses.replace(state, params=learning)
 
     def _initial(self) -> Params:
         config = self.config
@@ -253,7 +261,8 @@ class _Run:
             name: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=self.parts.shardings[name])
             for name, info in self.parts.weights.items()
         }
-        state = jax.eval_shape(lambda params: self._begun(stage, params), weights)
+        learning = {name: weights[name] for name in self.parts.select(stage.config.trainable)}
+        state = jax.eval_shape(lambda learning: self._begun(stage, learning), learning)
         frozen = {name: weight for name, weight in weights.items() if name not in state.params}
         saved = store.restore({"state": abstract_like(state, self._state_shardings(state)), "frozen": frozen})
         return saved["frozen"] | saved["state"].params, saved["state"]
