@@ -40,8 +40,9 @@ def _launch(folder: Path, ends: str, restarts: int) -> tuple[int, list[str]]:
         ("exit 130", 5, 130, 1),
         ("kill -9 $$,exit 1,exit 0", 5, 0, 3),
         ("kill -9 $$,kill -9 $$,kill -9 $$", 2, 137, 3),
-        ("trap '' TERM; kill -TERM $PPID; sleep 0.3; exit 130", 5, 130, 1),
-        ("trap 'exit 1' TERM; kill -INT $PPID; sleep 0.3; exit 130", 5, 1, 1),
+        # Told to stop, the script tells the run, waits for its end, and starts no other.
+        ("trap 'exit 7' TERM; kill -TERM $PPID; while :; do sleep 0.1; done", 5, 7, 1),
+        ("trap 'exit 7' TERM; kill -INT $PPID; while :; do sleep 0.1; done", 5, 7, 1),
     ],
 )
 def test_lives(tmp_path, ends, restarts, status, lives):
