@@ -12,6 +12,7 @@ from flax import nnx
 
 from qwenvl_jax.ops.products import project
 
+
 def _like(weight, x):
     """The weight in the dtype and, by leading axes of size 1, the rank of x: no rank is promoted in silence."""
     return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape).astype(x.dtype)

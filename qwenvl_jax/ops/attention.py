@@ -12,9 +12,9 @@ _MIN_BLOCK = 128
 def attention(q_BTNE, k_BSKE, v_BSKE, *, q_segments_BT, kv_segments_BS, causal: bool):
     """Scaled dot-product attention within segments.
 
-    Query head n reads key/value head n // (N // K). A query sees the keys of its own segment; where `causal`, only those
-    at or before its own slot (queries and keys then share their slots, T == S). Scores and softmax are f32. Queries of
-    padding (segment 0) see the padding of their row, so that every row of the softmax is finite.
+    Query head n reads key/value head n // (N // K). A query sees the keys of its own segment; where `causal`, only
+    those at or before its own slot (queries and keys then share their slots, T == S). Scores and softmax are f32.
+    Queries of padding (segment 0) see the padding of their row, so that every row of the softmax is finite.
 
         segments 1 1 2 2, causal:   x . . .
                                     x x . .

@@ -21,8 +21,8 @@ def inverse_frequencies(theta: float, dim: int) -> np.ndarray:
 def mrope_axes(rope: RopeConfig) -> np.ndarray:
     """Returns i32[E // 2]: which position axis (0 time, 1 height, 2 width) turns each frequency.
 
-    With sections (s_t, s_h, s_w), interleaved: height takes 1, 4, 7, ..., width takes 2, 5, 8, ..., each while below three
-    times its section, and time takes the rest (Qwen3-VL). Chunked: s_t times time, then height, then width
+    With sections (s_t, s_h, s_w), interleaved: height takes 1, 4, 7, ..., width takes 2, 5, 8, ..., each while below
+    three times its section, and time takes the rest (Qwen3-VL). Chunked: s_t times time, then height, then width
     (Qwen2-VL, section 2.1 of its report).
     """
     time, height, width = rope.mrope_section

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, QwenVLError
 
 
 @contextlib.contextmanager
@@ -25,7 +25,10 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
       ConfigError: the folder cannot be made, or another process holds it.
+
+    A folder that was made here is removed again if a mistake of the user ends the run before it began.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -38,7 +41,12 @@ def locked(folder: Path) -> Iterator[None]:
             raise ConfigError(
                 f"output folder {folder} is in use by another process; wait for it, or choose another folder."
             ) from error
-        yield
+        try:
+            yield
+        except QwenVLError:
+            if made and not (folder / "config.json").exists():
+                shutil.rmtree(folder)
+            raise
 
 
 def check(folder: Path, fingerprint: Mapping[str, str]) -> None:
