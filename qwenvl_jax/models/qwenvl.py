@@ -51,7 +51,7 @@ class QwenVL(nnx.Module):
         return self.text.logits(self.hidden(batch))
 
     def hidden(self, batch: Batch, *, remat: bool = False, unroll: bool = False):
-        """The decoder's output after its last norm, [B, T, H], which a chunked loss reads; options as in `scan_layers`."""
+        """The decoder's output after its last norm, [B, T, H]: what a chunked loss reads. See `scan_layers`."""
         return self._decode_rows(batch, remat=remat, unroll=unroll)[0]
 
     def encode(self, batch: Batch, *, remat: bool = False, unroll: bool = False):
