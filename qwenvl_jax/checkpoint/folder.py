@@ -26,9 +26,10 @@ def resolve(name_or_path: str | Path, *, weights: bool = True) -> Path:
       CheckpointError: the name is neither a folder nor a hub id that can be reached or was downloaded before.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    # An empty name is a mistake, though as a path it is the current folder.
+    if path.is_dir() and str(name_or_path):
         return path
-    if path.exists():
+    if path.is_file():
         raise CheckpointError(
             f"{name_or_path} is a file, not a model folder; give the folder that holds config.json and *.safetensors."
         )

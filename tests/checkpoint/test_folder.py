@@ -19,7 +19,9 @@ def test_a_folder_is_itself(tmp_path, monkeypatch):
     assert resolve("owner/name").resolve() == tmp_path / "owner" / "name"
 
 
-@pytest.mark.parametrize("name", ["nosuchmodel", "/no/such/folder", "a/b/c", "./models/x", "owner/", "no such folder"])
+@pytest.mark.parametrize(
+    "name", ["", "nosuchmodel", "/no/such/folder", "a/b/c", "./models/x", "owner/", "no such folder"]
+)
 def test_neither_folder_nor_hub_id(name):
     with pytest.raises(CheckpointError, match="neither a folder that exists nor a hub id"):
         resolve(name)
