@@ -17,6 +17,7 @@ from pathlib import Path
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from qwenvl_jax.batch import Batch
 from qwenvl_jax.data.collate import collate
@@ -206,5 +207,8 @@ def batches(loader: BatchLoader, steps: int, *, threads: int = 2, workers: int =
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.range(steps).map(loader).to_iter_dataset(options)
     if workers:
+        # Grain's workers read absl's flags, which a program that has its own command line never parses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(dataset)

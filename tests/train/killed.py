@@ -1,6 +1,6 @@
-"""Runs `qwenvl-jax train CONFIG --out OUT` in this process and has a signal end it at a chosen moment.
+"""Runs `qwenvl-jax train` in this process and has a signal end it at a chosen moment.
 
-    python -m tests.train.killed MOMENT CONFIG OUT
+    python -m tests.train.killed MOMENT CONFIG --out OUT ...
 
 MOMENT: `SIGKILL:step:5` when the fifth line of the metrics is written; `SIGKILL:save:2` while the second checkpoint of
 this process is being written, after its arrays and before it is whole; `SIGKILL:export:1` when the model is written but
@@ -18,7 +18,7 @@ from qwenvl_jax.models import pretrained
 from qwenvl_jax.train import metrics
 
 
-def main(moment: str, config: str, out: str) -> int:
+def main(moment: str, *arguments: str) -> int:
     """Arms the signal and runs the command."""
     name, kind, number = moment.split(":")
     count = 0
@@ -46,7 +46,7 @@ def main(moment: str, config: str, out: str) -> int:
         after(ocp.StandardCheckpointHandler, "finalize")
     else:
         after(pretrained, "save")
-    return cli.main(["train", config, "--out", out])
+    return cli.main(["train", *arguments])
 
 
 if __name__ == "__main__":

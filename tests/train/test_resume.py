@@ -82,6 +82,7 @@ def test_worker_processes_change_nothing(config, whole):
     """Batches made by two processes, the run killed and continued with them."""
     out = config.parent / "workers"
     workers = ("--data.workers", 2)
+    assert killed("SIGKILL:step:5", config, out, *workers).returncode == -signal.SIGKILL
     done = command_line("train", config, "--out", out, *workers)
     assert done.returncode == 0, done.stderr
     check_equal(out, whole)

@@ -104,9 +104,9 @@ def command_line(*arguments: object) -> subprocess.CompletedProcess:
     return _process("-m", "qwenvl_jax", *arguments)
 
 
-def killed(moment: str, config: Path, out: Path) -> subprocess.CompletedProcess:
+def killed(moment: str, config: Path, out: Path, *arguments: object) -> subprocess.CompletedProcess:
     """Runs the `train` command in a process that sends itself a signal at `moment`; see `tests.train.killed`."""
-    return _process("-m", "tests.train.killed", moment, config, out)
+    return _process("-m", "tests.train.killed", moment, config, "--out", out, *arguments)
 
 
 def _process(*arguments: object) -> subprocess.CompletedProcess:
