@@ -33,6 +33,7 @@ def write(folder: str | os.PathLike, *, seed: int, full: bool) -> None:
     values = {"format": "pt", "command": command(full, seed), "seed": str(seed), "versions": versions()}
     unfinished = path.with_name(f".{path.name}.unfinished")
     safetensors.numpy.save_file(tensors, unfinished, metadata=values)
+    unfinished.chmod(0o644)  # safetensors writes files that only their owner may read
     unfinished.replace(path)
 
 
