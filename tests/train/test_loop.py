@@ -112,7 +112,7 @@ def test_eight_devices_give_the_losses_of_one(folder, tmp_path):
 
 
 def test_data_that_cannot_be_trained_on_is_refused_before_anything_else(folder, tmp_path):
-    """Every stage's data is looked at first; nothing but the log is written."""
+    """Every stage's data is looked at first; a folder made for the run is removed again, one that was there stays."""
     records = [
         {"id": "short", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         {"id": "long", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c " * 99}]},
@@ -123,10 +123,12 @@ def test_data_that_cannot_be_trained_on_is_refused_before_anything_else(folder, 
     config = dataclasses.replace(config, stages=(config.stages[0], bad))
     with pytest.raises(DataError, match=r"stage s1: .*long\.jsonl:2 .long. has \d+ tokens.*batch\.length=160"):
         train(config, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "train.log"}
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    missing = dataclasses.replace(bad, data=DataConfig(source=str(tmp_path / "none.jsonl")))
     with pytest.raises(DataError, match=r"stage s1: data file .*none\.jsonl cannot be read"):
-        missing = dataclasses.replace(bad, data=DataConfig(source=str(tmp_path / "none.jsonl")))
         train(dataclasses.replace(config, stages=(config.stages[0], missing)), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "train.log"}
 
 
 def test_settings_that_do_not_go_together(folder, tmp_path):
