@@ -1,18 +1,21 @@
 """The demo's model and its curriculum: a text warm-up, then S0 to S3 on clips, as one run.
 
 The warm-up stands in for the pretrained language model that S0 presupposes: the same questions and answers, with the
-clips told in words. S0 then moves only the mergers, which learn to say in the decoder's words what the (still random)
-tower sees; from S1 on everything learns, on clips of up to 7, then 9.5, then 12 seconds, short ones in every stage.
+clips told in words, as a course of lessons (`demo.warmup`). S0 then moves only the mergers, which learn to say in the
+decoder's words what the (still random) tower sees; from S1 on everything learns, on clips of up to 9, then 10.5, then
+12 seconds, short ones and some text in every stage.
 
     text  |warm-up, words in place of pixels|
     s0                                      |mergers|
-    s1                                              |all, to 7 s |
-    s2                                                           |all, to 9.5 s |
-    s3                                                                          |all, to 12 s        |
+    s1                                              |all, to 9 s |
+    s2                                                           |all, to 10.5 s |
+    s3                                                                           |all, to 12 s        |
 """
 
 import pathlib
 from collections.abc import Sequence
+
+from tokenizers import Tokenizer
 
 from qwenvl_jax.config import QwenVLConfig, RopeConfig, TextConfig, VisionConfig
 from qwenvl_jax.data.packing import BatchShape
@@ -20,25 +23,26 @@ from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.demo.clips import Clip, make_clips
 from qwenvl_jax.demo.records import training_conversations, write_records
 from qwenvl_jax.demo.vocabulary import write_processor_folder
-from qwenvl_jax.demo.warmup import text_conversation
+from qwenvl_jax.demo.warmup import course, text_conversation
 from qwenvl_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, StageConfig, TrainConfig
 
 # Where the single stages of `configs/demo` find their data, made there on first use.
 DATA = pathlib.Path("runs/demo-stages/data")
-LONGEST = {"s1": 7.0, "s2": 9.5, "s3": 12.0}
+LONGEST = {"s1": 9.0, "s2": 10.5, "s3": 12.0}
+# Conversations in words among those about clips, from S1 on.
+TOLD_SHARE = 0.15
 ROWS, LENGTH = 4, 512
-_DATA_OF = {"s0": "s1"}
 ABOUT = {
     "text": "warm-up: clips told in words, everything learns",
-    "s0": "mergers alone, clips up to 7 s",
-    "s1": "everything, clips up to 7 s",
-    "s2": "everything, clips up to 9.5 s",
+    "s0": "mergers alone, clips up to 9 s",
+    "s1": "everything, clips up to 9 s",
+    "s2": "everything, clips up to 10.5 s",
     "s3": "everything, clips up to 12 s",
 }
 # Steps of each stage: in the demo of a few minutes, and in the one that makes the model that ships.
-QUICK_STEPS = {"text": 200, "s0": 60, "s1": 100, "s2": 60, "s3": 100}
-FULL_STEPS = {"text": 2200, "s0": 120, "s1": 800, "s2": 700, "s3": 1500}
-PEAK_RATE = {"text": 0.02, "s0": 0.02, "s1": 0.02, "s2": 0.015, "s3": 0.015}
+QUICK_STEPS = {"text": 450, "s0": 40, "s1": 70, "s2": 50, "s3": 70}
+FULL_STEPS = {"text": 1100, "s0": 120, "s1": 1000, "s2": 800, "s3": 1400}
+PEAK_RATE = {"text": 0.02, "s0": 0.02, "s1": 0.015, "s2": 0.012, "s3": 0.012}
 
 
 def train_clips(full: bool) -> int:
@@ -80,32 +84,50 @@ def tiny_config(processor: Processor) -> QwenVLConfig:
 
 
 def write_data(
-    folder: pathlib.Path, clips: Sequence[tuple[pathlib.Path, Clip]], seed: int, texts: int, passes: int = 1
+    folder: pathlib.Path, clips: Sequence[tuple[pathlib.Path, Clip]], seed: int, text_steps: int, passes: int = 1
 ) -> None:
-    """Writes the processor folder and a JSONL file for each stage: `texts` warm-up texts, `passes` orders a clip."""
-    write_processor_folder(folder / "processor")
-    told = ((f"text-{i}", text_conversation(seed, i)) for i in range(texts))
-    write_records(folder / "text.jsonl", told)
+    """Writes the processor folder and what each stage reads: the course in words, the clips in `passes` orders each."""
+    tokenizer = Tokenizer.from_file(str(write_processor_folder(folder / "processor") / "tokenizer.json"))
+
+    def count_tokens(messages: list[dict]) -> int:
+        # A turn's marks are five tokens.
+        return sum(5 + len(tokenizer.encode(message["content"]).ids) for message in messages)
+
+    lessons = course(seed, text_steps * ROWS * LENGTH, count_tokens)
+    write_records(folder / "text.jsonl", ((f"text-{i}", messages) for i, messages in enumerate(lessons)))
     for stage, longest in LONGEST.items():
-        write_records(folder / f"{stage}.jsonl", training_conversations(clips, seed, passes, longest))
+        shown = list(training_conversations(clips, seed, passes, longest))
+        # Numbers that the course did not use.
+        told = ((f"told-{i}", text_conversation(seed, 10**6 + i)) for i in range(int(TOLD_SHARE * len(shown))))
+        write_records(folder / f"{stage}.jsonl", shown)
+        write_records(folder / f"{stage}-told.jsonl", told)
 
 
 def stage(name: str, steps: int, folder: pathlib.Path = DATA) -> StageConfig:
     """One stage over the data in `folder`."""
-    # A row of clips has about one patch for every token, in frames of 16 or 24 patches: vision rows of 48 hold either
-    # without a gap.
-    vision = () if name == "text" else ((ROWS * LENGTH // 48 + 6, 48),)
+    # A row of clips has up to one and a half patches for every token, in frames of 16 or 24 patches: vision rows of 48
+    # hold either without a gap.
+    vision = () if name == "text" else ((ROWS * LENGTH * 3 // 2 // 48, 48),)
+    files = {"text": ["text"], "s0": ["s1"]}.get(name, [name, f"{name}-told"])
+    sources = [str(folder / f"{file}.jsonl") for file in files]
     return StageConfig(
         name=name,
         steps=steps,
-        data=DataConfig(source=str(folder / f"{_DATA_OF.get(name, name)}.jsonl"), cache_bytes=3 << 30),
+        # The lessons of the course stand in their order.
+        data=DataConfig(
+            source=sources if len(sources) > 1 else sources[0],
+            shuffle=name != "text",
+            # Short lessons need more to choose from than four a row, or rows stay half empty.
+            window=64 if name == "text" else 0,
+            cache_bytes=3 << 30,
+        ),
         batch=BatchShape(rows=ROWS, length=LENGTH, vision=vision),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=PEAK_RATE[name],
             adam_learning_rate=0.15 * PEAK_RATE[name],
             warmup_steps=min(50, steps // 10),
-            final_fraction=0.03,
+            final_fraction=0.1,
         ),
         trainable="mergers" if name == "s0" else "all",
         loss="token",
@@ -132,7 +154,7 @@ def prepare(
 ) -> TrainConfig:
     """Writes what the demo's run reads into `out`/data, and returns its settings."""
     folder, steps = out / "data", FULL_STEPS if full else QUICK_STEPS
-    write_data(folder, clips, seed, texts=8 * steps["text"])
+    write_data(folder, clips, seed, steps["text"])
     return run_config([stage(name, count, folder) for name, count in steps.items()], folder, seed)
 
 
@@ -148,8 +170,13 @@ def whole_curriculum() -> TrainConfig:
 
 def prepare_single(config: TrainConfig) -> None:
     """Makes the clips and records that `configs/demo` reads, if they are missing and the config still reads them."""
-    own = {str(DATA / f"{name}.jsonl") for name in ("text", *LONGEST)}
-    wanted = {stage.data.source for stage in config.stages if isinstance(stage.data.source, str)}
+    own = {str(DATA / f"{name}.jsonl") for name in ("text", *LONGEST, *(f"{name}-told" for name in LONGEST))}
+    wanted = {
+        path
+        for stage in config.stages
+        for path in ([stage.data.source] if isinstance(stage.data.source, str) else stage.data.source)
+        if isinstance(path, str)
+    }
     if any(path in own and not pathlib.Path(path).exists() for path in wanted):
         clips = make_clips(DATA.parent / "clips", "train", train_clips(full=False), 0)
-        write_data(DATA, clips, 0, texts=8 * QUICK_STEPS["text"])
+        write_data(DATA, clips, 0, QUICK_STEPS["text"])

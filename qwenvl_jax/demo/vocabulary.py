@@ -1,7 +1,8 @@
 """The demo's processor folder in the public layout: a small BPE of its own, a chat template, size limits of frames.
 
-The vocabulary holds all bytes, so that any text can be written, and each word of the task as one token; digits stay
-apart, one token each, so that a time is read and copied figure by figure. transformers loads the folder as well.
+The vocabulary holds all bytes, so that any text can be written. Each word of the task is one token, and so are the
+keys of the answer with their punctuation and every time up to 20 seconds: a time is copied in one step, and the event's
+name stands right before the first time. transformers loads the folder as well.
 """
 
 import json
@@ -25,14 +26,21 @@ SPECIAL_TOKENS = (
 # Sampled frames a second when a conversation does not say; two sampled frames make one temporal patch.
 SAMPLED_FPS = 4.0
 
-# A word takes the space before it and one mark behind it (" seconds>", " appear?"); a digit stands alone.
-_SPLIT = r" ?\p{L}+[>?\n]?|\p{N}|[^\p{L}\p{N}]+"
+# A key takes all punctuation around it; a word the space before it and one mark behind it (" seconds>", " appear?"); a
+# time with one decimal is whole; any other digit stands alone.
+_SPLIT = (
+    r'[^\p{L}\p{N}]*"(?:event|start|end)": "?|'
+    r" ?\p{L}+[>?\n]?|"
+    r"\p{N}+\.\p{N}(?!\p{N})|\p{N}|"
+    r"[^\p{L}\p{N}]+"
+)
 
-# Punctuation between the words of the task, as the split above leaves it.
+_KEYS = ('{"event": "', '", "start": ', ', "end": ')
 _MARKS = ('{"', '": "', '", "', '": ', ', "', ". ", ", ")
+_TIMES = tuple(f"{tenths / 10:.1f}" for tenths in range(200))
 _WORDS = (
     *("system\n", "user\n", "assistant\n", " seconds>", "When", " does", " the", " appear?", " leave?"),
-    *("event", "start", "end", "nothing", " nothing"),
+    *("nothing", " nothing"),
     *(f" {word}" for word in (*COLOURS, *SHAPES)),
     *COLOURS,
 )
@@ -86,8 +94,8 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((*_WORDS, *_MARKS), trainer)
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((*_WORDS, *_TIMES, *_KEYS, *_MARKS), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 

@@ -22,19 +22,34 @@ def _stacked(shape: tuple[int, ...], axes: tuple[str, ...], stack: int | None):
     return (shape, axes) if stack is None else ((stack, *shape), ("layers", *axes))
 
 
+# Gain of the projections that add to the residual stream. A model trained from nothing then begins as little more than
+# its embedding, and what a token is reaches every layer; with a gain of 1 it drowns in what random layers add.
+RESIDUAL_GAIN = 0.1
+
+
 class Linear(nnx.Module):
     """`y = x @ kernel + bias` over the trailing axes of x, which may be several (heads and width of a head, say).
 
     Attributes:
-      kernel: [*stack, *inputs, *outputs]; begins normal with variance 1 / fan-in.
+      kernel: [*stack, *inputs, *outputs]; begins normal with deviation `gain` / sqrt(fan-in).
       bias: [*stack, *outputs], or None; begins 0.
     """
 
-    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, use_bias: bool, stack=None, rngs, dtype):
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        use_bias: bool,
+        gain: float = 1.0,
+        stack=None,
+        rngs,
+        dtype,
+    ):
         """`inputs` and `outputs` map each logical axis name to its size, in order."""
         sizes, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
         shape, names = _stacked(sizes, axes, stack)
-        scale = 1.0 / math.sqrt(math.prod(inputs.values()))
+        scale = gain / math.sqrt(math.prod(inputs.values()))
         kernel = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype)
         # `inputs` tells an optimizer that works on matrices which axes, after the layers', are summed over.
         self.kernel = nnx.Param(kernel, axes=names, inputs=len(inputs))
@@ -52,10 +67,10 @@ class Linear(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """A table of vectors, looked up by row. `table`: [entries, width]; begins normal with deviation 0.02."""
+    """A table of vectors, looked up by row. `table`: [entries, width]; begins normal with deviation 1 / sqrt(width)."""
 
     def __init__(self, entries: int, width: int, *, axes: tuple[str, str], rngs, dtype):
-        table = jax.random.normal(rngs.params(), (entries, width), dtype) * jnp.asarray(0.02, dtype)
+        table = jax.random.normal(rngs.params(), (entries, width), dtype) * jnp.asarray(1.0 / math.sqrt(width), dtype)
         self.table = nnx.Param(table, axes=axes)
 
     def __call__(self, ids, dtype):

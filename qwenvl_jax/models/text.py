@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwenvl_jax.config import TextConfig
-from qwenvl_jax.models.layers import Embed, Linear, RMSNorm, scan_layers
+from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, Linear, RMSNorm, scan_layers
 from qwenvl_jax.ops.attention import attention
 from qwenvl_jax.ops.rope import rotate
 
@@ -26,7 +26,7 @@ class TextAttention(nnx.Module):
         self.q = Linear(embed, heads, **make)
         self.k = Linear(embed, kv_heads, **make)
         self.v = Linear(embed, kv_heads, **make)
-        self.o = Linear(heads, embed, **make)
+        self.o = Linear(heads, embed, gain=RESIDUAL_GAIN, **make)
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, stack=stack, dtype=dtype)
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, stack=stack, dtype=dtype)
 
@@ -45,7 +45,7 @@ class TextMLP(nnx.Module):
         make = {"use_bias": False, "stack": stack, "rngs": rngs, "dtype": dtype}
         self.gate = Linear(embed, mlp, **make)
         self.up = Linear(embed, mlp, **make)
-        self.down = Linear(mlp, embed, **make)
+        self.down = Linear(mlp, embed, gain=RESIDUAL_GAIN, **make)
 
     def __call__(self, x):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -12,7 +12,7 @@ from flax import nnx
 
 from qwenvl_jax.batch import VisionRows
 from qwenvl_jax.config import VisionConfig
-from qwenvl_jax.models.layers import Embed, LayerNorm, Linear, scan_layers
+from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, LayerNorm, Linear, scan_layers
 from qwenvl_jax.ops.attention import attention
 from qwenvl_jax.ops.rope import rotate, vision_cos_sin
 
@@ -30,7 +30,7 @@ class VisionAttention(nnx.Module):
         D, N = config.hidden_size, config.num_heads
         heads = {"heads": N, "head_dim": D // N}
         self.qkv = Linear({"embed": D}, {"qkv": 3, **heads}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
-        self.proj = Linear(heads, {"embed": D}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
+        self.proj = Linear(heads, {"embed": D}, use_bias=True, gain=RESIDUAL_GAIN, stack=stack, rngs=rngs, dtype=dtype)
 
     def __call__(self, x_BLD, cos, sin, segments_BL):
         qkv = self.qkv(x_BLD)
@@ -48,7 +48,9 @@ class VisionMLP(nnx.Module):
     def __init__(self, config: VisionConfig, *, stack, rngs, dtype):
         D, F = config.hidden_size, config.intermediate_size
         self.fc1 = Linear({"embed": D}, {"mlp": F}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
-        self.fc2 = Linear({"mlp": F}, {"embed": D}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
+        self.fc2 = Linear(
+            {"mlp": F}, {"embed": D}, use_bias=True, gain=RESIDUAL_GAIN, stack=stack, rngs=rngs, dtype=dtype
+        )
         self.act = config.hidden_act
 
     def __call__(self, x):
