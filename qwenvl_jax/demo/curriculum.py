@@ -41,7 +41,7 @@ ABOUT = {
 }
 # Steps of each stage: in the demo of a few minutes, and in the one that makes the model that ships.
 QUICK_STEPS = {"text": 450, "s0": 40, "s1": 70, "s2": 50, "s3": 70}
-FULL_STEPS = {"text": 1100, "s0": 120, "s1": 1000, "s2": 800, "s3": 1400}
+FULL_STEPS = {"text": 1500, "s0": 120, "s1": 1000, "s2": 700, "s3": 1200}
 PEAK_RATE = {"text": 0.02, "s0": 0.02, "s1": 0.015, "s2": 0.012, "s3": 0.012}
 
 
@@ -127,7 +127,7 @@ def stage(name: str, steps: int, folder: pathlib.Path = DATA) -> StageConfig:
             learning_rate=PEAK_RATE[name],
             adam_learning_rate=0.15 * PEAK_RATE[name],
             warmup_steps=min(50, steps // 10),
-            final_fraction=0.1,
+            final_fraction=0.03,
         ),
         trainable="mergers" if name == "s0" else "all",
         loss="token",
