@@ -30,7 +30,8 @@ class VisionRows:
 
     A frame here is what attends to itself in the tower: an image, or one temporal patch (two sampled frames) of a
     video. A frame never crosses a row. Patches stand in merge order: the four patches of a merged token are
-    consecutive.
+    consecutive. For a tower that attends within windows (Qwen2.5-VL) the merged tokens of a frame stand window after
+    window, so that a window is a stretch of a row; else in reading order.
 
     Attributes:
       patches: u8[G, R, L, 3*tau*P*P], each flattened as (channel, temporal, row, column).
@@ -39,6 +40,7 @@ class VisionRows:
       segment_ids: i32[G, R, L], number of the frame in its row, from 1; 0 is padding.
       items: i32[G, R, L], number of the image or video in its group, in reading order from 1; 0 is padding.
       pixel_table: f32[G, 3, 256], the normalised value of each byte, per channel.
+      windows: i32[G, R, L], number of the attention window in its row, from 1; 0 is padding. None without windows.
     """
 
     patches: Array
@@ -47,6 +49,7 @@ class VisionRows:
     segment_ids: Array
     items: Array
     pixel_table: Array
+    windows: Array | None = None
 
 
 @jax.tree_util.register_dataclass
