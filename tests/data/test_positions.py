@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qwenvl_jax.data.positions import IMAGE, TEXT, VIDEO, mrope_positions, split_frames, vision_block
+from qwenvl_jax.data.positions import IMAGE, TEXT, VIDEO, mrope_positions, split_frames, steps_at_rate, vision_block
 
 
 def test_an_image_in_text():
@@ -38,7 +38,7 @@ def test_text_alone_and_nothing():
 
 
 def test_intervals_are_truncated_after_multiplying():
-    block = vision_block(4, (3, 4, 4), merge_size=2, interval=2 * 0.99)
+    block = vision_block(4, (3, 4, 4), merge_size=2, steps=steps_at_rate(3, 2, 0.99))
     assert block[:, 0].tolist() == [4] * 4 + [5] * 4 + [7] * 4
 
 
