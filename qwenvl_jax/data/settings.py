@@ -130,14 +130,21 @@ class Settings:
         )
 
     def write(self, folder: Path):
-        """Writes the files that `read` reads, here and in transformers; `folder` is made if missing."""
+        """Writes the files that `read` reads, here and in transformers; `folder` is made if missing.
+
+        Videos get a file of their own even if they share the numbers of images: transformers does not find its video
+        processor for every name of an image processor.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / "tokenizer.json"))
+        named = {"processor_class": self.generation.processor_class}
+        of_images = {key: value for key, value in self.image_config.items() if key != "image_processor_type"}
+        of_videos = {**of_images, "video_processor_type": self.generation.video_processor, **named}
         ours = {"dialect": self.dialect, **({"vision_config": self.vision} if self.vision else {})}
         for name, value in (
             ("tokenizer_config.json", self.tokenizer_config),
-            ("preprocessor_config.json", {**self.image_config, "processor_class": self.generation.processor_class}),
-            ("video_preprocessor_config.json", self.video_config),
+            ("preprocessor_config.json", {**self.image_config, **named}),
+            ("video_preprocessor_config.json", self.video_config or of_videos),
             # The file is shared: other keys of it stay.
             (DIALECT_FILE, {**_read_json(folder / DIALECT_FILE, required=False), **ours}),
         ):
