@@ -109,9 +109,9 @@ def config_from_json(values: Mapping[str, Any], where: str = "config.json") -> Q
     # Hub files of the older generations hold the decoder's keys at the top level.
     text = Section(values, where, "") if flat else top.section("text_config")
     vision = top.section("vision_config")
-    tied = bool(top.get("tie_word_embeddings", bool, False) or text.get("tie_word_embeddings", bool, False))
-    if not _GENERATIONS[model_type].older and values.get("tie_word_embeddings") is not None:
-        tied = values["tie_word_embeddings"]
+    outer, inner = (section.get("tie_word_embeddings", bool, None) for section in (top, text))
+    # The older generations look at both; the newer ones, whose decoder's section may hold a default, at the top first.
+    tied = bool(outer or inner) if _GENERATIONS[model_type].older or outer is None else outer
     try:
         config = QwenVLConfig(
             text=_text(text, model_type, tied),
@@ -388,14 +388,17 @@ def _text_to_json(config: QwenVLConfig) -> dict[str, Any]:
         "mrope_section": list(t.rope.mrope_section),
     }
     if t.rope.yarn is not None:
-        rope |= {key: value for key, value in dataclasses.asdict(t.rope.yarn).items() if value is not None}
+        usual = _defaults(YarnConfig)
+        rope |= {key: value for key, value in dataclasses.asdict(t.rope.yarn).items() if value != usual[key]}
     if older:
-        text["use_sliding_window"] = False
+        # The reference would put the public ids for missing ones; generation_config.json holds those of this model.
+        text |= {"use_sliding_window": False, "bos_token_id": None, "eos_token_id": None}
     else:
         text["attention_bias"] = False
         rope["mrope_interleaved"] = True
     if t.moe is not None:
-        # Under both names: the released files have the first, transformers 5 writes the second.
+        # The number of experts under both its names: released files have the first, transformers 5 writes the second.
+        # (`norm_topk_prob` is in released files too, and other tools read it.)
         text |= dataclasses.asdict(t.moe) | {"num_local_experts": t.moe.num_experts}
         text |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
     return text | {"rope_parameters": rope}

@@ -83,12 +83,16 @@ class QwenVL(nnx.Module):
         x_BTH, (keys, values) = self._decode_rows(batch)
         lengths_B = jnp.sum(batch.segment_ids > 0, axis=1).astype(jnp.int32)
         room = ((0, 0), (0, 0), (0, cache_size - x_BTH.shape[1]), (0, 0), (0, 0))
-        last_BH = jnp.take_along_axis(x_BTH, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+        last_B11 = (lengths_B - 1)[:, None, None]
+        last_BH = jnp.take_along_axis(x_BTH, last_B11, axis=1)[:, 0]
+        # What follows counts on from the last token, as in the reference's `generate`: the times of a video of Qwen2.5-VL
+        # may lie beyond the text after it (dialect "transformers").
+        positions_BA = jnp.take_along_axis(batch.positions, last_B11, axis=1)[:, 0]
         cache = KVCache(
             keys=jnp.pad(keys, room),
             values=jnp.pad(values, room),
             lengths=lengths_B,
-            next_positions=jnp.max(batch.positions, axis=(1, 2)) + 1,
+            next_positions=jnp.max(positions_BA, axis=1) + 1,
         )
         return self.text.logits(last_BH), cache
 

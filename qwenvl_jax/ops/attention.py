@@ -85,7 +85,7 @@ def _near(q_BTNE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, span: int):
 
     def with_neighbours(x, fill):
         """[B, T, ...] to [B * count, 3 * span, ...]: each block between the one before it and the one after it."""
-        x = jnp.pad(blocks(x, fill), ((0, 0), (1, 1), *((0, 0),) * x.ndim), constant_values=fill)
+        x = jnp.pad(blocks(x, fill), ((0, 0), (1, 1), *((0, 0),) * (x.ndim - 1)), constant_values=fill)
         near = jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=2)
         return near.reshape(B * count, 3 * span, *near.shape[3:])
 

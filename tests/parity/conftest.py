@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.models import pretrained
 from qwenvl_jax.models.qwenvl import QwenVL
 from tests.parity import reference
+from tests.parity.conversations import CONVERSATIONS, EVEN_CONVERSATIONS
 from tests.tiny import tiny_processor_folder
 
 
@@ -20,18 +22,35 @@ class Pair:
     folder: Path
     model: QwenVL
     processor: Processor
-    reference: reference.Qwen3VLForConditionalGeneration
+    reference: torch.nn.Module
 
-    def inputs(self, sample):
-        """The reference's inputs for a sample."""
-        return reference.reference_inputs(sample, self.reference.config)
+    @property
+    def conversations(self) -> dict[str, list[dict]]:
+        """The conversations of every kind, by name."""
+        return EVEN_CONVERSATIONS if self.model.config.model_type == "qwen2_5_vl" else CONVERSATIONS
+
+    def sample(self, name: str, add_generation_prompt: bool = False):
+        """Our sample of a conversation."""
+        return self.processor.sample(self.conversations[name], add_generation_prompt)
+
+    def inputs(self, name: str, add_generation_prompt: bool = False):
+        """The reference's inputs for a conversation."""
+        sample = self.sample(name, add_generation_prompt)
+        table = self.processor.pixel_table
+        return reference.reference_inputs(sample, self.conversations[name], self.reference.config, table)
 
 
-@pytest.fixture(scope="session", params=list(reference.SHAPES))
+def _shapes() -> list:
+    """Every shape; those of the longer suite marked."""
+    slow = reference.SLOW_SHAPES
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in reference.SHAPES]
+
+
+@pytest.fixture(scope="session", params=_shapes(), ids=lambda name: name.replace(" ", "-"))
 def pair(request, tmp_path_factory) -> Pair:
-    """A tied and an untied checkpoint, in float32, with the dialect of the reference."""
-    folder = tmp_path_factory.mktemp(request.param)
-    ids = tiny_processor_folder(folder)
+    """A checkpoint of each generation, tied and untied, with and without YaRN, in float32; the reference's dialect."""
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    ids = tiny_processor_folder(folder, model_type=reference.SHAPES[request.param][0])
     reference.write_checkpoint(
         folder,
         request.param,

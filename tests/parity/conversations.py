@@ -13,8 +13,7 @@ def _image(height: int, width: int) -> dict:
 
 def _video(times: list[float], height: int, width: int) -> dict:
     frames = _rng.integers(0, 256, (len(times), height, width, 3), dtype=np.uint8)
-    video = VideoFrames(frames, np.asarray(times), duration=times[-1] + 0.5)
-    return {"type": "video", "video": video}
+    return {"type": "video", "video": VideoFrames(frames, np.asarray(times), duration=times[-1] + 0.5)}
 
 
 def _text(text: str) -> dict:
@@ -38,4 +37,19 @@ CONVERSATIONS = {
         {"role": "assistant", "content": "the red square appears at three seconds"},
         {"role": "user", "content": "and then?"},
     ],
+}
+
+
+def _even(part: dict) -> dict:
+    """A video part with its frames spread evenly over the clip."""
+    if part["type"] != "video":
+        return part
+    frames, duration = part["video"].frames, part["video"].duration
+    return {"type": "video", "video": VideoFrames(frames, np.arange(len(frames)) * duration / len(frames), duration)}
+
+
+# The same with evenly spaced frames: Qwen2.5-VL's reference knows no other.
+EVEN_CONVERSATIONS = {
+    name: [m if isinstance(m["content"], str) else {**m, "content": [_even(p) for p in m["content"]]} for m in messages]
+    for name, messages in CONVERSATIONS.items()
 }

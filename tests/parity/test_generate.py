@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from qwenvl_jax.generate import end_token_ids, generate
-from tests.parity.conversations import CONVERSATIONS
 
 STEPS = 32
 
@@ -13,8 +12,8 @@ STEPS = 32
 def expected(pair):
     """The reference's greedy tokens for each conversation, alone, and how sure it was of the least sure one."""
     answers, margins = [], []
-    for conversation in CONVERSATIONS.values():
-        inputs = pair.inputs(pair.processor.sample(conversation, add_generation_prompt=True))
+    for name in pair.conversations:
+        inputs = pair.inputs(name, add_generation_prompt=True)
         made = pair.reference.generate(
             **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
@@ -28,9 +27,9 @@ def test_greedy_tokens_are_identical(pair, expected):
     answers, margins = expected
     assert min(margins) > 1e-3, "a tie decides nothing; change the seed of the checkpoint"
     assert sum(len(answer) == STEPS for answer in answers) >= 3, "too many answers end early; change the seed"
-    got = generate(pair.model, pair.processor, list(CONVERSATIONS.values()), max_new_tokens=STEPS)
+    got = generate(pair.model, pair.processor, list(pair.conversations.values()), max_new_tokens=STEPS)
     ends = end_token_ids(pair.model, pair.processor)
-    for name, answer, reference in zip(CONVERSATIONS, got, answers, strict=True):
+    for name, answer, reference in zip(pair.conversations, got, answers, strict=True):
         without_end = reference[:-1] if reference[-1] in ends else reference
         assert answer.tokens == without_end, name
         assert answer.text == pair.processor.decode(without_end)

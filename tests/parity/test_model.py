@@ -19,23 +19,23 @@ def logits(model, batch):
 
 @pytest.fixture(scope="module")
 def samples(pair):
-    return {name: pair.processor.sample(conversation) for name, conversation in CONVERSATIONS.items()}
+    return {name: pair.sample(name) for name in CONVERSATIONS}
 
 
 @pytest.fixture(scope="module")
 def expected(pair, samples):
     """The reference's logits of each conversation, alone and unpadded."""
     found = {}
-    for name, sample in samples.items():
+    for name in samples:
         with torch.no_grad():
-            found[name] = pair.reference(**pair.inputs(sample)).logits[0].numpy()
+            found[name] = pair.reference(**pair.inputs(name)).logits[0].numpy()
     return found
 
 
 @pytest.fixture(scope="module")
 def padded(pair):
     """The logits of all conversations as one batch, padded to the longest."""
-    batch = pair.processor(list(CONVERSATIONS.values()))
+    batch = pair.processor(list(pair.conversations.values()))
     assert len({int(n) for n in (batch.segment_ids > 0).sum(axis=1)}) == len(CONVERSATIONS)
     return dict(zip(CONVERSATIONS, np.asarray(logits(pair.model, batch)), strict=True))
 
@@ -48,7 +48,7 @@ def test_batch_padded_to_different_lengths(padded, expected, samples, name):
 
 
 def test_alone(pair, expected):
-    batch = pair.processor([CONVERSATIONS["mixed"]])
+    batch = pair.processor([pair.conversations["mixed"]])
     got = np.asarray(logits(pair.model, batch))[0]
     np.testing.assert_allclose(got, expected["mixed"], rtol=0, atol=TOLERANCE)
 
@@ -60,6 +60,7 @@ def test_packed_rows_equal_alone(pair, expected, samples):
         [[samples[name] for name in row] for row in rows],
         pixel_table=pair.processor.pixel_table,
         pad_token_id=pair.processor.pad_token_id,
+        window=pair.processor.window,
         groups=2,
     )
     got = np.asarray(logits(pair.model, batch))
@@ -73,7 +74,7 @@ def test_packed_rows_equal_alone(pair, expected, samples):
 
 def test_the_comparison_can_fail(pair, expected, samples):
     """A part of the model that is off by a hundredth is told: the inputs reach every part of the model."""
-    batch = pair.processor([CONVERSATIONS["mixed"]])
+    batch = pair.processor([pair.conversations["mixed"]])
     graph, state = nnx.split(pair.model)
     parts = {key[:2] for key, _ in nnx.to_flat_state(state)}
     for part in sorted(parts, key=str):
