@@ -85,8 +85,8 @@ class QwenVL(nnx.Module):
         room = ((0, 0), (0, 0), (0, cache_size - x_BTH.shape[1]), (0, 0), (0, 0))
         last_B11 = (lengths_B - 1)[:, None, None]
         last_BH = jnp.take_along_axis(x_BTH, last_B11, axis=1)[:, 0]
-        # What follows counts on from the last token, as in the reference's `generate`: the times of a video of Qwen2.5-VL
-        # may lie beyond the text after it (dialect "transformers").
+        # What follows counts on from the last token, as in the reference's `generate`: the times of a video of
+        # Qwen2.5-VL may lie beyond the text after it (dialect "transformers").
         positions_BA = jnp.take_along_axis(batch.positions, last_B11, axis=1)[:, 0]
         cache = KVCache(
             keys=jnp.pad(keys, room),
