@@ -79,7 +79,8 @@ def grouped_product(rows_PH, kernels_XHF, sizes_X):
 def _in_blocks(rows_PH, kernels_XHF, sizes_X):
     """The product in blocks of rows of one group, each group filled up to whole blocks."""
     P, X = rows_PH.shape[0], kernels_XHF.shape[0]
-    block = min(max(_BLOCKS[0], 1 << (P // X).bit_length()), _BLOCKS[1])
+    # An eighth of a group's share, so that what fills up the groups' last blocks stays an eighth of the work.
+    block = min(max(_BLOCKS[0], 1 << (P // X // 8).bit_length() - 1 if P >= 8 * X else 0), _BLOCKS[1])
     # A group of n rows takes at most n // block + 1 blocks, and at most P groups have rows at all.
     count = P // block + min(P, X)
     blocks_X = -(-sizes_X // block)

@@ -64,3 +64,31 @@ def test_a_causal_row_costs_little_more_than_its_half():
         return run.lower(x, s).compile().cost_analysis()["flops"]
 
     assert flops(True) < 0.6 * flops(False)
+
+
+@pytest.mark.parametrize("T", [40, 49, 64, 131])
+def test_short_segments_are_compared_with_what_is_near_alone(T):
+    """Segments of at most 8 slots, wherever they begin, and padding at the end; with the promise and without."""
+    rng = np.random.default_rng(T)
+    lengths = rng.integers(1, 9, 60)
+    segments = np.repeat(np.arange(1, 61), lengths)[: T - 3].astype(np.int32)
+    segments = np.concatenate([segments, np.zeros(T - len(segments), np.int32)])[None].repeat(2, axis=0)
+    q, k, v = random((2, T, 6, 8), 0), random((2, T, 3, 8), 1), random((2, T, 3, 8), 2)
+
+    def run(span):
+        return attention(q, k, v, q_segments_BT=segments, kv_segments_BS=segments, causal=False, span=span)
+
+    near, everything = run(8), run(None)
+    assert np.isfinite(near).all()
+    there = segments[0] > 0
+    np.testing.assert_allclose(near[:, there], everything[:, there], atol=2e-6)
+
+
+def test_short_segments_cost_in_proportion_to_the_row():
+    def flops(T, span):
+        x, s = jax.ShapeDtypeStruct((1, T, 1, 64), jnp.float32), jax.ShapeDtypeStruct((1, T), jnp.int32)
+        run = jax.jit(lambda x, s: attention(x, x, x, q_segments_BT=s, kv_segments_BS=s, causal=False, span=span))
+        return run.lower(x, s).compile().cost_analysis()["flops"]
+
+    assert flops(4096, 64) < 4.2 * flops(1024, 64)
+    assert flops(4096, None) > 12 * flops(1024, None)
