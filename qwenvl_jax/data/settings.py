@@ -173,7 +173,7 @@ class Settings:
                 f"config.json has vision_config.window_size={size}; it must be at least {patch * merge}, the side of a "
                 "merged token in pixels: copy config.json from the model."
             )
-        return size // merge // patch
+        return int(size // merge // patch)
 
     def token_id(self, token: str) -> int:
         """The id of a special token.

@@ -16,6 +16,7 @@ from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.data.sources import JsonlSource, open_source
 from qwenvl_jax.errors import ConfigError, DataError
+from tests.tiny import tiny_processor_folder
 
 SHAPE = BatchShape(rows=2, length=160, vision=((8, 24),))
 
@@ -183,6 +184,24 @@ def test_iterator_continues_from_its_state(data, processor, threads):
     iterator = batches(loader_of(JsonlSource(data), processor), 7, threads=threads)
     iterator.set_state(state)
     assert [step.hash for step in iterator] == whole[3:]
+
+
+def test_batches_for_a_tower_with_windows_tell_them(data, tmp_path):
+    """The order of patches is the processor's own, so training sees what is served."""
+    tiny_processor_folder(tmp_path / "model", model_type="qwen2_5_vl", image_pixels=(3136, 20_000))
+    windowed = Processor.from_pretrained(tmp_path / "model")
+    source = JsonlSource(data)
+    shape = BatchShape(rows=1, length=160, vision=((4, 120),))
+    samples = SampleCache(source, windowed, kept=Kept(1 << 30))
+    plan = Plan(measure_source(source, windowed), shape, seed=0)
+    planned = BatchLoader(plan, samples, windowed)(0).batch
+    (first, *_), *_ = plan[0]
+    (rows,) = planned.vision
+    assert rows.windows.max() > 1 and ((rows.windows > 0) == (rows.segment_ids > 0)).all()
+    alone = windowed([source[first].messages])
+    np.testing.assert_array_equal(
+        windowed.pixel_values(planned)[: len(windowed.pixel_values(alone))], windowed.pixel_values(alone)
+    )
 
 
 class CountingProcessor:
