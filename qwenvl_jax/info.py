@@ -95,9 +95,9 @@ def show(name: str | Path, *, as_json: bool = False) -> None:
     rows |= {key: value for key, value in facts["config"].items() if key not in ("text", "vision", "model_type")}
     print(facts["name"])
     for key, value in rows.items():
-        print(f"  {key:<24}{value}")
+        print(f"  {key:<28}{value}")
 
 
 def _spelled(section: dict[str, Any]) -> str:
     """The settings of a section, one a line under its name."""
-    return "".join(f"\n    {key:<22}{value}" for key, value in section.items())
+    return "".join(f"\n    {key:<26}{value}" for key, value in section.items())

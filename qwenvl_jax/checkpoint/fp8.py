@@ -9,6 +9,7 @@ Source: the releases of Qwen3-VL in FP8 and the reference's `integrations/finegr
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,9 +124,10 @@ def dequantize(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int], fi
     """
     rows, columns = weight.shape[-2:]
     out = np.empty(weight.shape, ml_dtypes.bfloat16)
-    codes = weight.view(np.uint8).reshape(-1, rows, columns)
-    scales = scale.astype(np.float32).reshape(-1, *scale.shape[-2:])
-    for matrix, one_scale, to in zip(codes, scales, out.reshape(-1, rows, columns), strict=True):
+    count = math.prod(weight.shape[:-2])
+    codes = weight.view(np.uint8).reshape(count, rows, columns)
+    scales = scale.astype(np.float32).reshape(count, *scale.shape[-2:])
+    for matrix, one_scale, to in zip(codes, scales, out.reshape(count, rows, columns), strict=True):
         begin = 0
         while begin < rows:
             row = first_row + begin

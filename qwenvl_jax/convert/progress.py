@@ -21,7 +21,8 @@ class Progress:
         self._doing, self._all, self._size = doing, tensors, size
         self._stream = stream or sys.stderr
         self._tensors = self._bytes = self._moved = 0
-        self._began, self._shown, self._bar = time.monotonic(), float("-inf"), None
+        self._began = self._shown = time.monotonic()
+        self._bar = None
 
     def __enter__(self) -> "Progress":
         if self._stream.isatty():
