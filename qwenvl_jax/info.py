@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwenvl_jax.checkpoint import hf, hf_config, native, tensors
+from qwenvl_jax.checkpoint import hf, native, tensors
+from qwenvl_jax.checkpoint.sections import read_json
 from qwenvl_jax.checkpoint.source import read_config
 from qwenvl_jax.convert import places
 from qwenvl_jax.errors import CheckpointError, ConfigError
@@ -66,7 +67,7 @@ def _bytes(folder: Path) -> int | None:
     if files:
         return sum(path.stat().st_size for path in files)
     if (folder / tensors.INDEX).is_file():
-        total = (hf_config.read_json(folder / tensors.INDEX).get("metadata") or {}).get("total_size")
+        total = (read_json(folder / tensors.INDEX).get("metadata") or {}).get("total_size")
         return total if isinstance(total, int) else None
     return None
 

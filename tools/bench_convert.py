@@ -1,6 +1,6 @@
 """Measures `qwenvl-jax convert`: the memory it takes at its highest, and how many bytes a second go through.
 
-    .venv/bin/python -m tools.bench_convert                            # the shapes of Qwen3-VL-32B, 4 layers
+    .venv/bin/python -m tools.bench_convert                            # the shapes of Qwen3-VL-235B, 4 layers
     .venv/bin/python -m tools.bench_convert --layers 4 12 --sparse --discard
 
 For each number of layers a checkpoint of a preset's shapes is written, in bfloat16, of random bytes, the command is run
@@ -42,7 +42,7 @@ _PUNCH_HOLE, _KEEP_SIZE = 2, 1  # of fallocate(2)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="qwen3_vl_32b", help="whose shapes; default: %(default)s")
+    parser.add_argument("--model", default="qwen3_vl_235b_a22b", help="whose shapes; default: %(default)s")
     parser.add_argument("--layers", type=int, nargs="+", default=[4], help="of the decoder; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=1, help="conversions of each; default: %(default)s")
     parser.add_argument("--processes", type=int, default=1, help="as the command takes it; default: %(default)s")

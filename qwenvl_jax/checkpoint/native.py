@@ -27,6 +27,7 @@ import numpy as np
 
 from qwenvl_jax.checkpoint import hf, hf_config, source
 from qwenvl_jax.checkpoint.safetensors_file import DTYPES, NAMES, StoredTensor, read_header
+from qwenvl_jax.checkpoint.sections import read_json
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import CheckpointError
 
@@ -154,7 +155,7 @@ class NativeSource:
             )
         self.config: QwenVLConfig = hf_config.read_config(folder)
         self.table = hf.tensor_table(self.config)
-        self.index = hf_config.read_json(self._root / INDEX)
+        self.index = read_json(self._root / INDEX)
         again = "convert the model again, into a new folder"
         if self.index.get("format") != FORMAT or self.index.get("table") != table_fingerprint(self.table):
             raise CheckpointError(

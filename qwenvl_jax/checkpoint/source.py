@@ -22,6 +22,7 @@ import numpy as np
 
 from qwenvl_jax.checkpoint import fp8, hf, hf_config, reorder, tensors
 from qwenvl_jax.checkpoint.safetensors_file import DTYPES, StoredTensor
+from qwenvl_jax.checkpoint.sections import read_json
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import CheckpointError
 
@@ -162,13 +163,13 @@ def read_config(folder: Path) -> tuple[QwenVLConfig, fp8.Fp8 | None]:
       CheckpointError: as `hf_config.read_config`, or a quantization that is not read.
     """
     path = folder / "config.json"
-    values = hf_config.read_json(path)
+    values = read_json(path)
     kind = fp8.read_quantization(values, str(path))
     if kind is None:
         return hf_config.read_config(folder), None
     config = hf_config.config_from_json(fp8.without_quantization(values), str(path))
     if (folder / "generation_config.json").is_file():
-        ends = hf_config.read_json(folder / "generation_config.json").get("eos_token_id") or []
+        ends = read_json(folder / "generation_config.json").get("eos_token_id") or []
         config = dataclasses.replace(config, eos_token_ids=tuple(ends if isinstance(ends, list) else [ends]))
     return config, kind
 
@@ -202,19 +203,23 @@ class PublicSource:
         """The tensor of an entry; `layer` is None where the entry has none."""
         return self._tensors[entry.public if layer is None else entry.public.format(layer)]
 
+    def _current(self, stored: str) -> str | None:
+        return hf.current_name(stored, self.config.model_type)
+
     def _check_tied(self) -> None:
         """Refuses a tied model that brings an output projection of its own."""
-        head = self.files.headers.get(hf.HEAD)
-        entry = next((e for e in self.table if e.public == hf.EMBEDDING), None)
+        name = hf.PREFIXES[self.config.model_type].embedding
+        head = next((t for key, t in self.files.headers.items() if self._current(key) == hf.HEAD), None)
+        entry = next((entry for entry in self.table if entry.public == name), None)
         if not self.config.text.tie_word_embeddings or head is None or entry is None:
             return
-        embedding, head = self._tensors[hf.EMBEDDING], Plain(head)
+        embedding, head = self._tensors[name], Plain(head)
         same = head.shape == embedding.shape and head.dtype == embedding.dtype
         for start, stop in spans(entry, embedding.dtype.itemsize) if same else ():
             same = same and np.array_equal(head.rows(start, stop), embedding.rows(start, stop))
         if not same:
             raise CheckpointError(
-                f"{self.folder}: config.json says tie_word_embeddings, but {hf.HEAD} differs from {hf.EMBEDDING}; "
+                f"{self.folder}: config.json says tie_word_embeddings, but {hf.HEAD} differs from {name}; "
                 "set tie_word_embeddings to false, or remove the head."
             )
 
@@ -248,7 +253,8 @@ class _Match:
         names = [(name, entry) for entry in table for name in entry.names()]
         self.tensors = {name: self._resolve(name, entry) for name, entry in names}
         unexpected += [stored.name for stored in self._found.values()]
-        hinted = [_hinted(name, [name for name, _ in names]) for name in sorted(unexpected)[: tensors.LISTED]]
+        known = [name for name, _ in names]
+        hinted = [_hinted(name, known, config.model_type) for name in sorted(unexpected)[: tensors.LISTED]]
         hinted += sorted(unexpected)[tensors.LISTED :]
         kinds = (("missing", self._missing), ("unexpected", hinted), ("misshaped", self._faulty))
         faults = [f"{len(names)} {kind} ({tensors.some(names)})" for kind, names in kinds if names]
@@ -261,11 +267,13 @@ class _Match:
     def _by_current_name(self, headers, config) -> list[str]:
         """Files the stored tensors under today's names; returns those that come second under one."""
         second = []
+        embedding = hf.PREFIXES[config.model_type].embedding
         for name, stored in sorted(headers.items()):
-            current = hf.current_name(name)
+            current = hf.current_name(name, config.model_type)
             if current == hf.HEAD and config.text.tie_word_embeddings:
                 # A tied model may store its embedding as the head, alone or too.
-                current = None if any(hf.current_name(other) == hf.EMBEDDING for other in headers) else hf.EMBEDDING
+                alone = all(hf.current_name(other, config.model_type) != embedding for other in headers)
+                current = embedding if alone else None
             if current is None:
                 continue
             if current in self._found:
@@ -289,13 +297,8 @@ class _Match:
         return PerExpert(tuple(map(tuple, found)))
 
     def _whole(self, name: str, entry: hf.Entry) -> Tensor | None:
-        if not getattr(entry, "swapped", False):
-            return self._one(name, (entry.shape,))
-        *lead, rows, columns = entry.shape
-        other = (*lead, columns, rows)
-        # Where both readings fit, the reference takes the tensor for one in its own order, which is the exchanged one.
-        exchanged = self._found[name].shape == other
-        tensor = self._one(name, (entry.shape, other))
+        exchanged = entry.is_swapped(self._found[name].shape)
+        tensor = self._one(name, (entry.shape, entry.swapped_shape) if entry.swapped else (entry.shape,))
         return Swapped(tensor) if exchanged and tensor is not None else tensor
 
     def _one(self, name: str, shapes: tuple[tuple[int, ...], ...]) -> Plain | Quantized | None:
@@ -328,6 +331,6 @@ class _Match:
         self._faulty.append(text)
 
 
-def _hinted(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(hf.current_name(name), known, n=1, cutoff=0.8)
+def _hinted(name: str, known: Sequence[str], model_type: str) -> str:
+    near = difflib.get_close_matches(hf.current_name(name, model_type) or name, known, n=1, cutoff=0.8)
     return f"{name}, did you mean {near[0]}?" if near and near[0] != name else name

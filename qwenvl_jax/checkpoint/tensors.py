@@ -14,8 +14,8 @@ import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
-from qwenvl_jax.checkpoint.hf_config import read_json
 from qwenvl_jax.checkpoint.safetensors_file import StoredTensor, read_header
+from qwenvl_jax.checkpoint.sections import read_json
 from qwenvl_jax.errors import CheckpointError
 
 SINGLE = "model.safetensors"

@@ -7,7 +7,7 @@ The differences are those of the two dialects: `official`, the form in which Qwe
 import shlex
 from pathlib import Path
 
-from qwenvl_jax.checkpoint import hf_config
+from qwenvl_jax.checkpoint.sections import read_json
 from qwenvl_jax.errors import CheckpointError
 
 DIALECT_FILE = "qwenvl_jax.json"  # as `qwenvl_jax.data.settings` writes it
@@ -59,8 +59,8 @@ def advice(folder: Path) -> str:
         lines.append(f"Both need {' and '.join(missing)} too, which the source did not have; copy what belongs to it.")
     dialect = "official"
     if (folder / DIALECT_FILE).is_file():
-        dialect = hf_config.read_json(folder / DIALECT_FILE).get("dialect", dialect)
-    difference = _DIFFERENCES.get(hf_config.read_json(folder / "config.json").get("model_type"), {}).get(dialect)
+        dialect = read_json(folder / DIALECT_FILE).get("dialect", dialect)
+    difference = _DIFFERENCES.get(read_json(folder / "config.json").get("model_type"), {}).get(dialect)
     if difference is None:
         raise CheckpointError(f"{folder / DIALECT_FILE} has dialect {dialect!r}; it must be official or transformers.")
     lines.append(f"Its dialect is {dialect}. With videos, {difference}")

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qwenvl_jax.checkpoint import folder as folders
-from qwenvl_jax.checkpoint import fp8, hf_config, native, source, tensors
+from qwenvl_jax.checkpoint import fp8, native, source, tensors
+from qwenvl_jax.checkpoint.sections import read_json
 from qwenvl_jax.errors import CheckpointError
 
 _LARGEST_SMALL_FILE = 256 << 20
@@ -70,7 +71,7 @@ def small_files(src: Path) -> Iterable[tuple[str, bytes]]:
 
     config.json says no longer how the source's weights were quantized, for what is written is not.
     """
-    values = hf_config.read_json(src / "config.json")
+    values = read_json(src / "config.json")
     if fp8.read_quantization(values) is not None:
         values = fp8.without_quantization(values)
         yield "config.json", (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from qwenvl_jax.checkpoint import hf_config, native, reorder, source
+from qwenvl_jax.checkpoint import native, reorder, source
 from qwenvl_jax.checkpoint.safetensors_file import Writer, read_header
+from qwenvl_jax.checkpoint.sections import read_json
 from qwenvl_jax.convert import places
 from qwenvl_jax.convert.progress import Progress
 from qwenvl_jax.convert.stream import Streamer
@@ -118,7 +119,7 @@ class Conversion:
             places.check_new(self._dst, self._source.folder)
         for name in (native.INDEX, native.PLAN):
             if (self._root / name).is_file():
-                self._check_plan(hf_config.read_json(self._root / name).get("plan"))
+                self._check_plan(read_json(self._root / name).get("plan"))
         left = self.size
         for file in self._files:
             path = self._root / file.name
@@ -153,7 +154,7 @@ class Conversion:
         with _locked(self._root):
             plan = self._root / native.PLAN
             if plan.is_file():
-                self._check_plan(hf_config.read_json(plan).get("plan"))
+                self._check_plan(read_json(plan).get("plan"))
             elif not self.is_done():
                 text = json.dumps({"plan": self._plan, "source": str(self._source.folder)}) + "\n"
                 native.write_atomically(plan, text.encode())

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwenvl_jax.checkpoint import hf, native, source, tensors
+from qwenvl_jax.checkpoint import hf, native, reorder, source, tensors
 from qwenvl_jax.checkpoint.safetensors_file import Writer
 from qwenvl_jax.convert import places
 from qwenvl_jax.convert.progress import Progress
@@ -66,12 +66,14 @@ def _write(model, names, sizes, making: Path, max_shard_bytes: int) -> None:
     files = tensors.shard_names(len(shards))
     with Progress("exporting", len(names), sum(sizes.values())) as progress, Streamer(progress) as streamer:
         for file, shard in zip(files, shards, strict=True):
-            specs = [(name, model.tensor(*names[name]).dtype, names[name][0].shape) for name in shard]
+            specs = [(name, model.tensor(*names[name]).dtype, names[name][0].written_shape) for name in shard]
             with Writer(making / file, specs, {"format": "pt"}) as writer:
                 for name in shard:
                     entry, layer = names[name]
+                    exchange = entry.is_swapped(entry.shape)  # see `written_shape`
 
-                    def write(start, rows, name=name, writer=writer):
+                    def write(start, rows, name=name, writer=writer, exchange=exchange):
+                        rows = reorder.contiguous(rows.swapaxes(-1, -2)) if exchange else rows
                         writer.write(name, rows, start)
 
                     streamer.move(model.tensor(entry, layer), entry, write)

@@ -1,6 +1,7 @@
 """Tensors in whatever form a folder stores them: experts in each of theirs, and slices that bound the memory."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -19,13 +20,7 @@ LAYERS, EXPERTS, H, F = 3, 5, 24, 20
 STEM = "model.language_model.layers.{}.mlp.experts."
 
 
-@dataclasses.dataclass(frozen=True)
-class Expert(hf.Entry):
-    """An entry whose last two public axes may be exchanged."""
-
-    swapped: bool = True
-
-
+Expert = functools.partial(hf.Entry, swapped=True)
 UP = Expert(
     f"{STEM}gate_up_proj",
     "text.layers.moe.gate_up.kernel",
