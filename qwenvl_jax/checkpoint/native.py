@@ -233,9 +233,10 @@ def metadata_of(plan: str, found: Mapping[str, str]) -> dict[str, str]:
 
 def is_complete(path: Path, file: NativeFile, dtypes: Mapping[str, np.dtype], plan: str) -> bool:
     """Whether `path` is the file that the conversion with this fingerprint writes there."""
-    if not path.is_file():
+    try:
+        stored, metadata = read_header(path)
+    except CheckpointError:  # missing, or damaged since
         return False
-    stored, metadata = read_header(path)
     specs = {name: (NAMES[dtype], shape) for name, dtype, shape in file.specs(dtypes)}
     found = digests(metadata)
     return (

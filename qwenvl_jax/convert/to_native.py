@@ -119,17 +119,18 @@ class Conversion:
             places.check_new(self._dst, self._source.folder)
         for name in (native.INDEX, native.PLAN):
             if (self._root / name).is_file():
-                self._check_plan(read_json(self._root / name).get("plan"))
+                self._check_plan(read_json(self._root / name).get("plan", ""))
         left = self.size
         for file in self._files:
             path = self._root / file.name
-            if path.is_file():
-                self._check_plan(read_header(path)[1].get("plan"))
+            if native.is_complete(path, file, self._dtypes, self._plan):
                 left -= self._bytes[file.name]
+            elif path.is_file():
+                self._check_plan(_plan_of(path))
         places.check_room(self._dst, left)
 
     def _check_plan(self, plan: str | None) -> None:
-        if plan != self._plan:
+        if plan is not None and plan != self._plan:
             raise CheckpointError(
                 f"{self._dst} holds the conversion of another model, or one by another version; give a new folder, or "
                 "remove this one."
@@ -154,7 +155,7 @@ class Conversion:
         with _locked(self._root):
             plan = self._root / native.PLAN
             if plan.is_file():
-                self._check_plan(read_json(plan).get("plan"))
+                self._check_plan(read_json(plan).get("plan", ""))
             elif not self.is_done():
                 text = json.dumps({"plan": self._plan, "source": str(self._source.folder)}) + "\n"
                 native.write_atomically(plan, text.encode())
@@ -270,6 +271,14 @@ def compare(ours, theirs, parts, progress: Progress) -> None:
             f"{theirs.folder} differs from {ours.folder} in {', '.join(different[:3])}{rest}; the copy is damaged or "
             "the source has changed, remove the copy and make it again."
         )
+
+
+def _plan_of(path: Path) -> str | None:
+    """The conversion that wrote a file; None if it is damaged, and then to be written anew."""
+    try:
+        return read_header(path)[1].get("plan", "")
+    except CheckpointError:
+        return None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Conversions: equal to the source bit for bit, whatever interrupts them, and never half a model that looks whole."""
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file
 from qwenvl_jax import cli
 from qwenvl_jax.checkpoint import hf, native
 from qwenvl_jax.convert import places
+from qwenvl_jax.convert.progress import Progress
 from qwenvl_jax.convert.to_native import convert
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import CheckpointError, ConfigError
@@ -162,6 +164,15 @@ def test_done_twice_is_done(public, undisturbed, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in dst.rglob("*") if path.is_file()} == before
 
 
+def test_what_was_damaged_is_written_again(public, undisturbed, tmp_path):
+    dst = Path(shutil.copytree(undisturbed, tmp_path / "copy"))
+    cut, gone = (dst / "native" / f"text.layers.0000{i}.safetensors" for i in (0, 1))
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    convert(public, dst, verify=True)
+    assert contents(dst) == contents(undisturbed)
+
+
 def test_places_that_are_refused(public, undisturbed, tmp_path, monkeypatch):
     other = tmp_path / "other"
     pretrained.save(random_model(seed=1), other)
@@ -239,6 +250,20 @@ def test_large_parameters_have_files_of_their_own(monkeypatch):
     assert {"text.embed.safetensors", "text.head.safetensors", "rest.safetensors"} <= set(names)
     parts = [part.name for file in native.layout(hf.tensor_table(TINY)) for part in file.parts]
     assert len(parts) == len(set(parts)) == sum(len(entry.names()) for entry in hf.tensor_table(TINY))
+
+
+def test_progress_in_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    with Progress("converting", 7, 4_000_000, screen) as progress:
+        time.sleep(0.3)
+        progress.finished(3, found=1_000_000)
+        progress.moved(2_000_000)
+    shown = screen.getvalue()
+    assert all(word in shown for word in ("converting 3/7 tensors", "3.0 MB of 4.0 MB", "/s", "left"))
 
 
 def test_progress_in_plain_lines(public, tmp_path, capsys):
