@@ -106,6 +106,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_train(commands)
+    _add_info(commands)
+    _add_convert(commands)
+    _add_export(commands)
     _add_chat(commands)
     return parser, commands.choices
 
@@ -162,6 +165,81 @@ def _train(options: argparse.Namespace) -> int:
     if result.model is None:  # stopped by a signal, with a checkpoint written
         return INTERRUPTED
     print(f"{result.steps} steps are done; the model is in {result.model}")
+    return 0
+
+
+def _add_info(commands) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="shape, parameters and context of a preset or a folder, without loading it",
+        description="Tells what a preset, a model's folder or a hub id is: its shape, how many parameters it has, how\n"
+        "many tokens it reads, how large its files are. Weights are neither loaded nor fetched.",
+        epilog=f"""examples:
+  {PROG} info qwen3_vl_4b
+  {PROG} info ./my-model --json""",
+    )
+    parser.add_argument("model", metavar="NAME|PATH", help="a preset, a model's or a run's folder, or a hub id")
+    parser.add_argument("--json", action="store_true", help="as JSON, with every setting")
+    parser.set_defaults(work=_info)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from qwenvl_jax.info import show
+
+    show(options.model, as_json=options.json)
+    return 0
+
+
+def _add_convert(commands) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="a public checkpoint to the native layout",
+        description="Writes a model of the public layout in the native one, a file a layer, which loads in slices.\n"
+        "FP8 becomes bfloat16. All is checked before the first byte is written, and little is held in memory.",
+        epilog=f"""examples:
+  {PROG} convert Qwen/Qwen3-VL-4B-Instruct ./native
+  {PROG} convert ./public ./native --processes 4 --verify
+
+Killed and started again with the same arguments, it continues with the file it was at. The same command on another
+machine with the same file system helps: each takes files that nobody else has. A half conversion is not loaded.""",
+    )
+    parser.add_argument("src", metavar="SRC", help="a folder in the Hugging Face layout, a run's folder, or a hub id")
+    parser.add_argument("dst", metavar="DST", help="a new or empty folder, or the one to continue with")
+    parser.add_argument("--processes", metavar="N", type=int, default=1, help="share the work; default: %(default)s")
+    parser.add_argument("--verify", action="store_true", help="read both again and compare every tensor")
+    parser.set_defaults(work=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from qwenvl_jax.convert.to_native import convert
+
+    convert(options.src, options.dst, processes=options.processes, verify=options.verify)
+    same = ", and every tensor is that of the source" if options.verify else ""
+    print(f"the native checkpoint in {options.dst} is complete{same}")
+    return 0
+
+
+def _add_export(commands) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="a checkpoint of ours to the public layout, for other tools",
+        description="Writes a native checkpoint or the model of a training run in the public layout, whole or not at\n"
+        "all, and says which command serves it elsewhere and what that tool will do differently.",
+        epilog=f"""examples:
+  {PROG} export ./native ./public --verify
+  {PROG} export runs/clips ./public""",
+    )
+    parser.add_argument("src", metavar="SRC", help="a native folder, a run's folder, or a folder in the public layout")
+    parser.add_argument("dst", metavar="DST", help="a new or empty folder")
+    parser.add_argument("--verify", action="store_true", help="read both again and compare every tensor")
+    parser.set_defaults(work=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from qwenvl_jax.convert.advice import advice
+    from qwenvl_jax.convert.to_public import export
+
+    print(advice(export(options.src, options.dst, verify=options.verify)))
     return 0
 
 

@@ -40,7 +40,9 @@ def test_import_pulls_in_nothing_heavy():
     assert found == []
 
 
-@pytest.mark.parametrize("command", ["--version", "--help", "demo --help", "train --help", "chat --help"])
+@pytest.mark.parametrize(
+    "command", ["--version", "--help", "demo --help", "train --help", "convert --help", "chat --help"]
+)
 def test_help_needs_no_jax(command):
     code = "import sys, qwenvl_jax.cli\ntry: qwenvl_jax.cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
     code += "print('jax' in sys.modules)"

@@ -1,10 +1,10 @@
-"""Models to and from folders in the public layout.
+"""Models to and from folders: the public layout, and the native one that `qwenvl-jax convert` writes.
 
 Loading never holds a second copy of the model: the shape comes first, abstractly, then where each weight is to lie, and
 then one weight after another goes from the file to its devices.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from qwenvl_jax.checkpoint import folder as folders
-from qwenvl_jax.checkpoint import hf, hf_config, tensors
+from qwenvl_jax.checkpoint import hf, hf_config, native, reorder, source, tensors
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.models.qwenvl import QwenVL
@@ -25,7 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def load(path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> QwenVL:
-    """Loads a model from a folder in the public layout, or a hub id.
+    """Loads a model from a folder in the public layout or the native one, or a hub id.
 
     Args:
       path: see `qwenvl_jax.checkpoint.folder.resolve`.
@@ -38,31 +38,14 @@ def load(path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None)
     """
     dtype = _dtype(dtype)
     folder = folders.resolve(path)
-    config = hf_config.read_config(folder)
-    files = tensors.TensorFiles(folder)
-    stored = tensors.match(files.headers, config, folder)
-    _check_tied(files, stored, config)
-    graph, state = abstract(config, dtype)
-    table = {entry.path: entry for entry in hf.tensor_table(config)}
+    model = native.open_source(folder)
+    graph, state = abstract(model.config, dtype)
+    table = {entry.path: entry for entry in model.table}
     shardings = dict(nnx.to_flat_state(param_shardings(state, mesh or single_device_mesh())))
     weights = []
     for key, variable in nnx.to_flat_state(state):
-        entry = table[_dotted(key)]
-        read = [lambda name=name: files.read(stored[name]) for name in entry.names()]
-        weights.append((key, variable.replace(_place(entry, read, dtype, shardings[key].get_value()))))
+        weights.append((key, variable.replace(_place(model, table[_dotted(key)], dtype, shardings[key].get_value()))))
     return nnx.merge(graph, nnx.from_flat_state(weights))
-
-
-def _check_tied(files: tensors.TensorFiles, stored: dict[str, str], config: QwenVLConfig) -> None:
-    """Refuses a tied model that brings an output projection of its own."""
-    if not config.text.tie_word_embeddings or hf.HEAD not in files.headers:
-        return
-    embedding = stored[hf.PREFIXES[config.model_type].embedding]
-    if not np.array_equal(files.read(hf.HEAD), files.read(embedding)):
-        raise CheckpointError(
-            f"{files.folder}: config.json says tie_word_embeddings, but {hf.HEAD} differs from {embedding}; "
-            "set tie_word_embeddings to false, or remove the head."
-        )
 
 
 def abstract(config: QwenVLConfig, dtype) -> tuple[nnx.GraphDef, nnx.State]:
@@ -85,25 +68,60 @@ def _dotted(key: tuple) -> str:
     return ".".join(str(part) for part in key)
 
 
-def _place(entry: hf.Entry, read: list[Callable[[], np.ndarray]], dtype, sharding: NamedSharding) -> jax.Array:
-    """Reads the tensors of one parameter, once each, into a buffer for every part that a device of this host holds."""
+Bounds = tuple[tuple[int, int], ...]  # first and last but one of a part along each axis
+
+
+def _place(model, entry: hf.Entry, dtype, sharding: NamedSharding) -> jax.Array:
+    """Reads one parameter into a buffer for every part of it that a device of this host holds.
+
+    Of a public tensor the slices that no part here needs stay unread, of a native one everything does.
+    """
     shape = entry.native_shape
     devices = sharding.addressable_devices_indices_map(shape)
-    starts = {
-        device: tuple(s.indices(n) for s, n in zip(index, shape, strict=True)) for device, index in devices.items()
+    bounds = {
+        device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for device, index in devices.items()
     }
-    parts = {bounds: np.empty([stop - start for start, stop, _ in bounds], dtype) for bounds in starts.values()}
-    for layer, one in enumerate(read):
-        native = entry.to_native(one())
-        native = native if entry.layers is None else native[None]
-        for bounds, part in parts.items():
-            first, *rest = bounds
-            if entry.layers is None:
-                part[...] = native[tuple(slice(*b) for b in bounds)]
-            elif first[0] <= layer < first[1]:
-                part[layer - first[0]] = native[(0, *(slice(*b) for b in rest))]
-    arrays = [jax.device_put(parts[bounds], device) for device, bounds in starts.items()]
+    parts = {one: np.empty([stop - start for start, stop in one], dtype) for one in set(bounds.values())}
+    for layer in [None] if entry.layers is None else range(entry.layers):
+        # One layer of each part, and where it lies in that layer.
+        wanted = [
+            (part, one) if layer is None else (part[layer - one[0][0]], one[1:])
+            for one, part in parts.items()
+            if layer is None or one[0][0] <= layer < one[0][1]
+        ]
+        for block, axis, start in _blocks(model.tensor(entry, layer), entry, [one for _, one in wanted]):
+            for part, one in wanted:
+                _fill(part, one, block, axis, start)
+    arrays = [jax.device_put(parts[one], device) for device, one in bounds.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _blocks(tensor, entry: hf.Entry, wanted: Iterable[Bounds]) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Blocks of one layer of a parameter: the block, the axis along which it is a part of the layer, its start."""
+    axis = source.native_axis(entry)
+    if isinstance(tensor, native.NativeTensor):
+        yield tensor.stored.mapped(), axis, 0
+        return
+    step = source.unit(entry)
+    for start, stop in source.spans(entry, tensor.dtype.itemsize):
+        first, last = start // step, stop // step
+        if any(one[axis][0] < last and first < one[axis][1] for one in wanted):
+            yield source.to_native(entry, tensor.rows(start, stop)), axis, first
+
+
+def _fill(part: np.ndarray, bounds: Bounds, block: np.ndarray, axis: int, start: int) -> None:
+    """Copies what a block and a part have in common."""
+    low, high = bounds[axis]
+    first, last = max(low, start), min(high, start + block.shape[axis])
+    if first >= last:
+        return
+    to, of = [slice(None)] * part.ndim, [slice(*one) for one in bounds]
+    to[axis], of[axis] = slice(first - low, last - low), slice(first - start, last - start)
+    to, of = part[tuple(to)], block[tuple(of)]
+    if to.dtype == of.dtype:
+        reorder.copy(to, of)
+    else:
+        to[...] = of
 
 
 def save(model: QwenVL, out_dir: str | Path, *, max_shard_bytes: int = tensors.MAX_SHARD_BYTES) -> None:

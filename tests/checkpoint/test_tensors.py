@@ -113,7 +113,7 @@ def test_all_faults_at_once(single):
     stored["model.language_model.norm.weight"] = np.zeros(20, np.int32)
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in stored.items()}, single / "model.safetensors")
     line = refused(single, "1 missing .model.visual.merger.norm.bias.")
-    assert "1 unexpected (model.extra.weight)" in line
+    assert "1 unexpected (model.extra.weight, did you mean model.language_model.norm.weight?)" in line
     assert f"{Q0} is [20, 60], config.json asks for [60, 20]" in line
     assert "model.language_model.norm.weight is I32" in line
 
