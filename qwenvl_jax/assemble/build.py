@@ -1,13 +1,15 @@
 """The beginning of S0: an untrained Qwen3-VL out of a SigLIP 2 tower, a Qwen3 decoder, and fresh mergers.
 
-Tensors stream from the sources to the result, one file of it in memory at a time, and the folder appears when it is
-complete. Everything that can be wrong with the sources is found in their headers, before anything is written.
+Tensors stream from the sources to the result, and the folder appears when it is complete. Memory is twice that of one
+file of the result (the tensors, and the bytes they are written as) and that of the mergers. Everything that can be
+wrong with the sources is found in their headers, before anything is written.
 """
 
 import contextlib
 import dataclasses
 import math
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from flax import nnx
 
 from qwenvl_jax.assemble import decoder, texts, tower
 from qwenvl_jax.assemble.decoder import Experts
-from qwenvl_jax.assemble.ingredient import Dropped, Ingredient, Piece
+from qwenvl_jax.assemble.ingredient import Dropped, Ingredient, Piece, number
 from qwenvl_jax.assemble.tower import Tower
 from qwenvl_jax.checkpoint import hf, hf_config, tensors
 from qwenvl_jax.config import QwenVLConfig
@@ -94,8 +96,9 @@ class Summary:
         for source, groups in self.dropped:
             for group in groups:
                 name = f"{group.name} of {source.name}"
-                lines.append(f"{'dropped':8} {group.weights:>15,}  {name}, {group.tensors} tensors")
-        lines += ["", f"next: qwenvl-jax train CONFIG --model {self.folder} --trainable mergers"]
+                some = "1 tensor" if group.tensors == 1 else f"{group.tensors} tensors"
+                lines.append(f"{'dropped':8} {group.weights:>15,}  {name}, {some}")
+        lines += ["", f"next: qwenvl-jax train CONFIG --model {shlex.quote(str(self.folder))} --trainable mergers"]
         return "\n".join(lines)
 
 
@@ -138,12 +141,11 @@ def assemble(
     shape = tower.read_tower(eyes)
     decoder.check_type(words)
     experts = decoder.read_experts(words)
-    vocabulary = decoder.number(words.config, "vocab_size", 151936, words.where)
+    vocabulary = number(words.config, "vocab_size", 151936, words.where)
     marks = texts.read_marks(words.folder, vocabulary)
-    width = decoder.number(words.config, "hidden_size", 4096, words.where)
+    width = number(words.config, "hidden_size", 4096, words.where)
     values = {
         "model_type": "qwen3_vl",
-        "tie_word_embeddings": bool(words.config.get("tie_word_embeddings", False)),
         **marks.vision,
         "text_config": decoder.text_config(words),
         "vision_config": tower.vision_config(shape, side=side, out=width, deepstack=deepstack),

@@ -118,12 +118,14 @@ def read_experts(source: Ingredient) -> Experts | None:
             f"{where}: norm_topk_prob is false, but Qwen3-VL-MoE always normalises the weights of the experts chosen; "
             "give another model."
         )
-    count = values.get("num_experts")
+    count, aux_loss = values.get("num_experts"), values.get("router_aux_loss_coef", 0.001)
+    if not isinstance(aux_loss, int | float):
+        raise CheckpointError(f"{where}: router_aux_loss_coef must be a number, but is {aux_loss!r}; mend the file.")
     experts = Experts(
         count=number(values, "num_local_experts" if count is None else "num_experts", 128, where),
         active=number(values, "num_experts_per_tok", 8, where),
         width=number(values, "moe_intermediate_size", 768, where),
-        aux_loss=float(values.get("router_aux_loss_coef", 0.001)),
+        aux_loss=float(aux_loss),
     )
     width = number(values, "hidden_size", 2048, where)
     if width in (experts.width, 2 * experts.width):

@@ -61,6 +61,7 @@ TEXT_SETTINGS = [
     ({"num_hidden_layers": 5}, ("text", "11 missing", "model.layers.4.")),
     ({"hidden_size": 48}, ("text", "misshaped", "config.json asks for")),
     ({"hidden_size": "40"}, ("text/config.json", "hidden_size must be a positive integer")),
+    ({"tie_word_embeddings": "no"}, ("text/config.json", "tie_word_embeddings must be true or false")),
     ({"vocab_size": 100}, ("tokenizer.json", "vocab_size=100")),
     ({"attention_dropuot": 0.1}, ("text/config.json", "did you mean attention_dropout?")),
 ]
@@ -77,6 +78,7 @@ MOE_SETTINGS = [
     ({"decoder_sparse_step": 2}, ("decoder_sparse_step", "only 1")),
     ({"mlp_only_layers": [0]}, ("mlp_only_layers",)),
     ({"moe_intermediate_size": 20}, ("hidden_size=40", "moe_intermediate_size=20")),
+    ({"router_aux_loss_coef": "0.1"}, ("router_aux_loss_coef must be a number",)),
     ({"num_local_experts": 6}, ("missing", "experts.5.")),
     ({"num_local_experts": 4}, ("unexpected", "experts.4.")),
 ]
@@ -152,7 +154,7 @@ def test_a_tied_head_of_its_own(place, capsys):
     _refused(place, capsys, "tie_word_embeddings", "lm_head.weight differs from model.embed_tokens.weight")
     _edit_tensors(place / "text", **{"lm_head/weight": embedding})
     assert cli.main(["assemble", "--vision", "vision", "--text", "text", "out"]) == 0
-    assert "lm_head.weight of text, 1 tensors" in capsys.readouterr().out
+    assert "lm_head.weight of text, 1 tensor\n" in capsys.readouterr().out
 
 
 def test_a_tokenizer_without_marks_of_vision(place, capsys):
