@@ -39,6 +39,8 @@ class VisionRows:
       segment_ids: i32[G, R, L], number of the frame in its row, from 1; 0 is padding.
       items: i32[G, R, L], number of the image or video in its group, in reading order from 1; 0 is padding.
       pixel_table: f32[G, 3, 256], the normalised value of each byte, per channel.
+      windows: i32[G, R, L], number of the attention window in its row, from 1; 0 is padding. The patches of a window
+        are consecutive: a frame's patches stand window after window. None for towers without windows.
     """
 
     patches: Array
@@ -47,6 +49,7 @@ class VisionRows:
     segment_ids: Array
     items: Array
     pixel_table: Array
+    windows: Array | None = None
 
 
 @jax.tree_util.register_dataclass

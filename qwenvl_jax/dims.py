@@ -12,6 +12,7 @@
 | N, K   | query heads, key/value heads                                             |
 | E      | width of one head                                                        |
 | V      | vocabulary                                                               |
+| X      | experts of a layer                                                       |
 | Y      | layers in a stack                                                        |
 | G      | vision groups (sharded as the batch)                                     |
 | R, L   | vision rows in a group, patch slots in a vision row                      |

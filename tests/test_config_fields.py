@@ -11,14 +11,14 @@ import pytest
 from flax import nnx
 
 from qwenvl_jax.checkpoint.hf_config import config_to_json
-from qwenvl_jax.config import QwenVLConfig, RopeConfig, TextConfig, VisionConfig
+from qwenvl_jax.config import MoeConfig, QwenVLConfig, RopeConfig, TextConfig, VisionConfig, YarnConfig
 from qwenvl_jax.data.collate import collate
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.models.pretrained import abstract
 from qwenvl_jax.models.qwenvl import QwenVL
-from tests.checkpoint.shape import TINY, random_model
+from tests.checkpoint.shape import TINY, TINY_MOE, YARN, random_model, with_yarn
 
 # Fields that change the shape of some weight, and what to change them to.
 SHAPES = {
@@ -30,6 +30,9 @@ SHAPES = {
     "text.num_key_value_heads": 3,
     "text.head_dim": 12,
     "text.tie_word_embeddings": True,
+    "text.attention_bias": True,
+    "text.qk_norm": False,
+    "text.moe": MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12),
     "vision.depth": 5,
     "vision.hidden_size": 48,
     "vision.intermediate_size": 20,
@@ -41,7 +44,12 @@ SHAPES = {
     "vision.temporal_patch_size": 1,
     "vision.spatial_merge_size": 1,
     "vision.in_channels": 1,
+    "vision.norm": "rms_norm",
+    "vision.gated_mlp": True,
+    "vision.patch_bias": False,
 }
+# Fields of the experts, on a model that has some.
+MOE_SHAPES = {"text.moe.num_experts": 6, "text.moe.moe_intermediate_size": 16}
 # Fields that change the logits of the same weights.
 VALUES = {
     "text.rms_norm_eps": 1e-2,
@@ -50,6 +58,24 @@ VALUES = {
     "text.rope.mrope_interleaved": False,
     "vision.deepstack_visual_indexes": (0, 3),
     "vision.hidden_act": "silu",
+    "text.rope.yarn": YARN,
+    "vision.window_size": 16,
+}
+# Fields of YaRN and of experts, and of windows: they change the logits of a model that has these.
+WITH = {
+    "text.rope.yarn.factor": (with_yarn(TINY), 8.0),
+    "text.rope.yarn.original_max_position_embeddings": (with_yarn(TINY), 16),
+    "text.rope.yarn.beta_fast": (with_yarn(TINY), 3.0),
+    "text.rope.yarn.beta_slow": (with_yarn(TINY), 20.0),
+    "text.rope.yarn.truncate": (with_yarn(TINY), False),
+    "text.rope.yarn.attention_factor": (with_yarn(TINY), 1.5),
+    "text.rope.yarn.mscale": (with_yarn(TINY, dataclasses.replace(YARN, mscale_all_dim=1.0)), 3.0),
+    "text.rope.yarn.mscale_all_dim": (with_yarn(TINY, dataclasses.replace(YARN, mscale=1.0)), 3.0),
+    "text.moe.num_experts_per_tok": (TINY_MOE, 3),
+    "vision.fullatt_block_indexes": (
+        dataclasses.replace(TINY, vision=dataclasses.replace(TINY.vision, window_size=16)),
+        (0, 2),
+    ),
 }
 # Fields whose effect is shown by these tests.
 ELSEWHERE = {
@@ -59,6 +85,7 @@ ELSEWHERE = {
     "vision_end_token_id": "test_token_ids",
     "model_type": "test_model_type",
     "eos_token_ids": "tests/test_generate.py: test_answers_end",
+    "tokens_per_second": "tests/data: positions of Qwen2.5-VL",
     "text.max_position_embeddings": "tests/test_generate.py: test_positions_beyond_training_are_told",
 }
 
@@ -73,16 +100,25 @@ def test_every_field_is_here():
     fields = {f.name for f in dataclasses.fields(QwenVLConfig)} - {"text", "vision"}
     fields |= {f"text.{f.name}" for f in dataclasses.fields(TextConfig) if f.name != "rope"}
     fields |= {f"text.rope.{f.name}" for f in dataclasses.fields(RopeConfig)}
+    fields |= {f"text.rope.yarn.{f.name}" for f in dataclasses.fields(YarnConfig)}
+    fields |= {f"text.moe.{f.name}" for f in dataclasses.fields(MoeConfig)}
     fields |= {f"vision.{f.name}" for f in dataclasses.fields(VisionConfig)}
-    assert fields == {*SHAPES, *VALUES, *ELSEWHERE}
+    assert fields == {*SHAPES, *MOE_SHAPES, *VALUES, *WITH, *ELSEWHERE}
+
+
+def shapes(config):
+    """Of every weight, by its path."""
+    model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0)))
+    return {key: v.get_value().shape for key, v in nnx.to_flat_state(nnx.state(model))}
+
+
+@pytest.mark.parametrize("field", MOE_SHAPES)
+def test_shapes_of_experts(field):
+    assert shapes(changed(TINY_MOE, field, MOE_SHAPES[field])) != shapes(TINY_MOE)
 
 
 @pytest.mark.parametrize("field", SHAPES)
 def test_shapes(field):
-    def shapes(config):
-        model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0)))
-        return {key: v.get_value().shape for key, v in nnx.to_flat_state(nnx.state(model))}
-
     config = TINY
     if field in ("text.hidden_size", "vision.out_hidden_size"):  # must be equal, so each is moved against the other
         with pytest.raises(Exception, match="must equal"):
@@ -117,10 +153,15 @@ def batch():
     return collate([[sample]], pixel_table=table, pad_token_id=0)
 
 
-def logits(config, batch):
-    """Of the same weights, under this configuration."""
+def logits(config, batch, weights_of=TINY):
+    """Of the weights of one configuration, under another."""
+    if config.vision.window_size:
+        # Windows of 2 x 2 merged tokens: the image's first two columns, and its third.
+        rows = batch.vision[0]
+        windows = np.where(rows.segment_ids > 0, 1 + (rows.coords[..., 1] >= 4), 0).astype(np.int32)
+        batch = dataclasses.replace(batch, vision=(dataclasses.replace(rows, windows=windows),))
     graph, _ = abstract(config, jnp.float32)
-    _, weights = nnx.split(random_model(TINY))
+    _, weights = nnx.split(random_model(weights_of))
     return np.asarray(jax.jit(lambda weights: nnx.merge(graph, weights)(batch))(weights))
 
 
@@ -132,6 +173,13 @@ def before(batch):
 @pytest.mark.parametrize("field", VALUES)
 def test_values(field, batch, before):
     assert np.abs(logits(changed(TINY, field, VALUES[field]), batch) - before).max() > 1e-2
+
+
+@pytest.mark.parametrize("field", WITH)
+def test_values_of_models_that_have_them(field, batch):
+    config, value = WITH[field]
+    difference = np.abs(logits(changed(config, field, value), batch, config) - logits(config, batch, config)).max()
+    assert difference > 1e-2
 
 
 @pytest.mark.parametrize("key", [key for key, test in ELSEWHERE.items() if test == "test_token_ids"])

@@ -1,4 +1,4 @@
-"""S0 of the demo: only the mergers learn, on clips of up to 7 seconds.
+"""S0 of the demo: only the mergers learn, on clips of up to 9 seconds.
 
     qwenvl-jax train configs/demo/s0.py --out runs/demo/s0
 

@@ -1,4 +1,4 @@
-"""S1 of the demo: everything learns, on clips of up to 7 seconds.
+"""S1 of the demo: everything learns, on clips of up to 9 seconds.
 
     qwenvl-jax train configs/demo/s1.py --out runs/demo/s1
 

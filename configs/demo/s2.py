@@ -1,4 +1,4 @@
-"""S2 of the demo: everything learns, on clips of up to 9.5 seconds.
+"""S2 of the demo: everything learns, on clips of up to 10.5 seconds.
 
     qwenvl-jax train configs/demo/s2.py --out runs/demo/s2
 

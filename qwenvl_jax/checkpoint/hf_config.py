@@ -6,23 +6,49 @@ would have mattered.
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwenvl_jax.config import QwenVLConfig, RopeConfig, TextConfig, VisionConfig
+from qwenvl_jax.checkpoint.sections import Section, is_int, read_json
+from qwenvl_jax.config import MoeConfig, QwenVLConfig, RopeConfig, TextConfig, VisionConfig, YarnConfig
 from qwenvl_jax.errors import CheckpointError, ConfigError
 
-MODEL_TYPES = ("qwen3_vl",)
+
+@dataclasses.dataclass(frozen=True)
+class _Generation:
+    """What the public layout of one generation fixes, whatever a file says.
+
+    Attributes:
+      architecture: the reference's class, as a config.json names it.
+      older: whether this is Qwen2-VL or Qwen2.5-VL: biases on queries, keys and values and no norms on them, chunked
+        MRoPE, heads that divide the width, no bias and no position table in the tower; hub files that hold the
+        decoder's keys at the top level.
+      mrope_section: where a file does not say.
+      norm, gated_mlp: of the tower.
+    """
+
+    architecture: str
+    older: bool = False
+    mrope_section: tuple[int, int, int] = (24, 20, 20)
+    norm: str = "layer_norm"
+    gated_mlp: bool = False
+
+
+_OLDER = {"older": True, "mrope_section": (16, 24, 24)}
+_GENERATIONS = {
+    "qwen2_vl": _Generation("Qwen2VLForConditionalGeneration", **_OLDER),
+    "qwen2_5_vl": _Generation("Qwen2_5_VLForConditionalGeneration", norm="rms_norm", gated_mlp=True, **_OLDER),
+    "qwen3_vl": _Generation("Qwen3VLForConditionalGeneration"),
+    "qwen3_vl_moe": _Generation("Qwen3VLMoeForConditionalGeneration"),
+}
+MODEL_TYPES = tuple(_GENERATIONS)
 
 # Keys that must hold one of these values, because nothing else is computed here.
 _ONLY_TOP = {"quantization_config": (None,), "is_encoder_decoder": (False,), "per_layer_config": (None,)}
 _ONLY_TEXT = {
-    "model_type": ("qwen3_vl_text", "qwen3_vl"),
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
     "mlp_bias": (False,),
     "attention_dropout": (0,),
     "use_sliding_window": (False, None),
@@ -30,61 +56,22 @@ _ONLY_TEXT = {
     "per_layer_config": (None,),
     "partial_rotary_factor": (None, 1),
     "mlp_only_layers": (None, []),
-    "num_experts": (None, 0),
+    "decoder_sparse_step": (None, 1),
+    "norm_topk_prob": (None, True),
     "is_encoder_decoder": (False,),
 }
 _ONLY_VISION = {
-    "model_type": ("qwen3_vl_vision", "qwen3_vl"),
     "quantization_config": (None,),
     "per_layer_config": (None,),
     "attention_dropout": (0,),
     "is_encoder_decoder": (False,),
 }
 _ONLY_ROPE = {
-    "rope_type": ("default", "mrope"),
-    "type": ("default", "mrope"),
-    "mrope_interleaved": (True,),  # the reference's Qwen3-VL interleaves whatever this key says
+    # "type" is the old name of "rope_type", which goes before it.
+    "type": ("default", "mrope", "yarn"),
     "partial_rotary_factor": (None, 1),
-    "attention_factor": (None, 1),
 }
 _ONLY_VISION_ROPE = {"rope_type": ("axial", "default"), "type": ("axial", "default"), "rope_theta": (10000,)}
-
-# Keys of the whole ecosystem that change no number a model computes: provenance, training and sampling defaults.
-_NEUTRAL = {
-    "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "name_or_path", "_name_or_path",
-    "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "initializer_range",
-    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "torchscript",
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "id2label", "label2id",
-    "num_labels", "problem_type", "chunk_size_feed_forward", "tie_encoder_decoder", "cross_attention_hidden_size",
-    "is_decoder", "add_cross_attention", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix",
-    "pruned_heads", "prune_heads", "use_bfloat16", "tf_legacy_loss", "remove_invalid_values",
-    "exponential_decay_length_penalty",
-    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
-    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate",
-    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "sliding_window",
-    "max_window_layers", "vision_token_id", "base_model_tp_plan",
-}  # fmt: skip
-# (`sliding_window` and `max_window_layers` act only through `use_sliding_window` and `layer_types`, which are checked.)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      CheckpointError: the file is missing, is no JSON, or holds something else than an object.
-    """
-    if not file.is_file():
-        raise CheckpointError(f"{file.parent} has no {file.name}; give a folder in the public Hugging Face layout.")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON ({error}); fetch the file again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{file} holds a JSON {type(values).__name__} where an object is expected; fetch it again."
-        )
-    return values
 
 
 def read_config(folder: Path) -> QwenVLConfig:
@@ -100,7 +87,7 @@ def read_config(folder: Path) -> QwenVLConfig:
     if ends is None:
         return config
     ends = ends if isinstance(ends, list) else [ends]
-    if not all(_is_int(i) for i in ends):
+    if not all(is_int(i) for i in ends):
         raise CheckpointError(f"{folder / 'generation_config.json'}: eos_token_id must hold token ids, got {ends}.")
     return dataclasses.replace(config, eos_token_ids=tuple(ends))
 
@@ -117,17 +104,40 @@ def config_from_json(values: Mapping[str, Any], where: str = "config.json") -> Q
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}."
         )
-    top = _Section(values, where, "")
-    text = top.section("text_config")
+    top = Section(values, where, "")
+    flat = _GENERATIONS[model_type].older and values.get("text_config") is None
+    # Hub files of the older generations hold the decoder's keys at the top level.
+    text = Section(values, where, "") if flat else top.section("text_config")
+    vision = top.section("vision_config")
+    tied = bool(top.get("tie_word_embeddings", bool, False) or text.get("tie_word_embeddings", bool, False))
+    if not _GENERATIONS[model_type].older and values.get("tie_word_embeddings") is not None:
+        tied = values["tie_word_embeddings"]
     try:
         config = QwenVLConfig(
-            text=_text(text, tied=top.get("tie_word_embeddings", bool, text.get("tie_word_embeddings", bool, False))),
-            vision=_vision(top.section("vision_config")),
+            text=_text(text, model_type, tied),
+            vision=_vision(vision, model_type),
             model_type=model_type,
+            tokens_per_second=vision.get("tokens_per_second", float, 4.0) if model_type == "qwen2_5_vl" else None,
             **{key: top.get(key, int, default) for key, default in _TOKEN_IDS.items()},
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
+    vision.finish(_ONLY_VISION | {"model_type": (f"{model_type}_vision", model_type, model_type.removesuffix("_moe"))})
+    only_text = _ONLY_TEXT | {"model_type": (f"{model_type}_text", model_type)}
+    if flat:
+        top.read |= text.read
+        top.finish(_ONLY_TOP | only_text)
+        return config
+    text.finish(only_text)
+    if _GENERATIONS[model_type].older and "hidden_size" in values:
+        # Files saved by transformers 4.5 repeat the decoder's keys beside its section.
+        repeated = Section(values, where, "")
+        if _text(repeated, model_type, tied) != config.text:
+            raise CheckpointError(
+                f"{where}: the decoder's settings at the top level and those in text_config differ; remove the former, "
+                "which transformers does not read."
+            )
+        top.read |= repeated.read | set(only_text)
     top.finish({"model_type": MODEL_TYPES, **_ONLY_TOP})
     return config
 
@@ -137,71 +147,127 @@ _TOKEN_IDS = {
 }
 
 
-def _text(section: "_Section", tied: bool) -> TextConfig:
+def _text(section: "Section", model_type: str, tied: bool) -> TextConfig:
+    generation = _GENERATIONS[model_type]
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    numbers = {key: section.get(key, int) for key in (*required, "num_key_value_heads")}
-    optional = ("head_dim", "max_position_embeddings")
-    numbers |= {key: section.get(key, int, _defaults(TextConfig)[key]) for key in optional}
+    numbers = {key: section.get(key, int) for key in required}
+    kv_heads = (numbers["num_attention_heads"],) if generation.older else ()
+    numbers["num_key_value_heads"] = section.get("num_key_value_heads", int, *kv_heads)
+    section.check_positive(numbers)
+    head_dim = numbers["hidden_size"] // numbers["num_attention_heads"] if generation.older else 128
+    numbers["head_dim"] = section.get("head_dim", int, head_dim)
+    numbers["max_position_embeddings"] = section.get(
+        "max_position_embeddings", int, 32768 if generation.older else 262144
+    )
     section.check_positive(numbers)
     if numbers["head_dim"] % 2:
         raise section.error("head_dim", "even", numbers["head_dim"])
-    config = TextConfig(
-        **numbers,
-        rms_norm_eps=section.get("rms_norm_eps", float, 1e-6),
-        rope=_rope(section, numbers["head_dim"]),
-        tie_word_embeddings=tied,
-    )
+    if generation.older and numbers["head_dim"] * numbers["num_attention_heads"] != numbers["hidden_size"]:
+        raise section.error("head_dim", "hidden_size / num_attention_heads", numbers["head_dim"])
+    biased = section.get("attention_bias", bool, generation.older)
+    if biased is not generation.older:
+        raise section.error("attention_bias", f"{json.dumps(generation.older)} for {model_type}", biased)
     layer_types = section.get("layer_types", list, [])
     if set(map(str, layer_types)) - {"full_attention"}:
         raise section.error("layer_types", "full_attention throughout", layer_types)
-    section.finish(_ONLY_TEXT)
-    return config
+    return TextConfig(
+        **numbers,
+        rms_norm_eps=section.get("rms_norm_eps", float, 1e-5 if generation.older else 1e-6),
+        rope=_rope(section, numbers["head_dim"], generation, numbers["max_position_embeddings"]),
+        tie_word_embeddings=tied,
+        attention_bias=generation.older,
+        qk_norm=not generation.older,
+        moe=_moe(section, model_type),
+    )
 
 
-def _defaults(cls: type) -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(cls)}
+def _moe(section: "Section", model_type: str) -> MoeConfig | None:
+    experts = section.get("num_experts", int, section.get("num_local_experts", int, None))
+    if model_type != "qwen3_vl_moe":
+        if experts:
+            raise section.error("num_experts", f"absent or 0 for {model_type}", experts)
+        return None
+    if experts is None:
+        raise CheckpointError(f"{section.where}: {section.name}num_experts is missing; fetch the file again.")
+    numbers = {key: section.get(key, int) for key in ("num_experts_per_tok", "moe_intermediate_size")}
+    section.check_positive(numbers | {"num_experts": experts})
+    return MoeConfig(num_experts=experts, **numbers)
 
 
-def _rope(section: "_Section", head_dim: int) -> RopeConfig:
+def _rope(section: "Section", head_dim: int, generation: _Generation, context: int) -> RopeConfig:
     """The decoder's rotary settings from any of the three spellings.
 
     `rope_theta` beside `rope_scaling` (as released), both folded into `rope_parameters` (transformers 5), or mixtures;
     a value inside one of the two objects goes before one beside them.
     """
-    outer = section.get("rope_theta", float, None)
+    outer = section.get("rope_theta", float, 1e6 if generation.older else None)
+    original = section.get("original_max_position_embeddings", int, None)
     merged = {}
     for key in ("rope_scaling", "rope_parameters"):
         for name, value in section.get(key, dict, {}).items():
             if merged.setdefault(name, value) != value:
                 raise section.error(f"{key}.{name}", f"{merged[name]} as in rope_scaling", value)
-    rope = _Section(merged, section.where, f"{section.name}rope_parameters.")
+    rope = Section(merged, section.where, f"{section.name}rope_parameters.")
     theta = rope.get("rope_theta", float, outer)
     if theta is None or theta <= 0:
         raise section.error("rope_theta", "a positive number, here or in rope_parameters or rope_scaling", theta)
-    sizes = rope.get("mrope_section", list, [24, 20, 20])
-    if len(sizes) != 3 or not all(_is_int(size) and size >= 0 for size in sizes):
+    sizes = rope.get("mrope_section", list, list(generation.mrope_section))
+    if len(sizes) != 3 or not all(is_int(size) and size >= 0 for size in sizes):
         raise rope.error("mrope_section", "three counts (time, height, width)", sizes)
-    rope.finish(_ONLY_ROPE)
+    kind = rope.get("rope_type", str, rope.get("type", str, "default"))
+    if kind not in ("default", "mrope", "yarn"):
+        raise rope.error("rope_type", 'one of "default", "mrope", "yarn"', kind)
+    yarn = _yarn(rope, context, original) if kind == "yarn" else None
+    if original is not None and yarn is None:
+        raise section.error("original_max_position_embeddings", "absent where rope_type is not yarn", original)
+    # The reference interleaves by generation, whatever this key says.
+    only = {"mrope_interleaved": (None, not generation.older)}
+    if yarn is None:
+        only["attention_factor"] = (None, 1)
+    rope.finish(_ONLY_ROPE | only)
+    if generation.older:
+        return RopeConfig(theta=theta, mrope_section=tuple(sizes), mrope_interleaved=False, yarn=yarn)
     # Interleaved, height takes frequencies 1, 4, ... and width 2, 5, ... below three times their section and within
     # half a head; time takes the rest. A file may name larger sections; this is what they come to.
     half = head_dim // 2
     height, width = (len(range(axis, min(3 * sizes[axis], half), 3)) for axis in (1, 2))
-    return RopeConfig(theta=theta, mrope_section=(half - height - width, height, width), mrope_interleaved=True)
+    return RopeConfig(
+        theta=theta, mrope_section=(half - height - width, height, width), mrope_interleaved=True, yarn=yarn
+    )
 
 
-def _vision(section: "_Section") -> VisionConfig:
-    indexes = section.get("deepstack_visual_indexes", list)
-    if not all(_is_int(i) for i in indexes) or indexes != sorted(set(indexes)):
-        raise section.error("deepstack_visual_indexes", "increasing layer numbers", indexes)
-    required = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")
-    optional = ("num_position_embeddings", "temporal_patch_size", "spatial_merge_size", "in_channels")
-    defaults = _defaults(VisionConfig)
-    numbers = {key: section.get(key, int) for key in required}
-    numbers |= {key: section.get(key, int, defaults[key]) for key in optional}
-    numbers["patch_size"] = section.square("patch_size", defaults["patch_size"])
+def _yarn(rope: "Section", context: int, original: int | None) -> YarnConfig:
+    """YaRN's settings; `context` is the model's length, `original` what stands beside them, which goes first."""
+    inner = rope.get("original_max_position_embeddings", int, context)
+    original = inner if original is None else original
+    factor = rope.get("factor", float, context / original if original > 0 else None)
+    if factor is None or factor < 1:
+        raise rope.error("factor", "a number of at least 1", factor)
+    return YarnConfig(
+        factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=rope.get("beta_fast", float, 32.0),
+        beta_slow=rope.get("beta_slow", float, 1.0),
+        truncate=rope.get("truncate", bool, True),
+        **{key: rope.get(key, float, None) for key in ("attention_factor", "mscale", "mscale_all_dim")},
+    )
+
+
+def _vision(section: "Section", model_type: str) -> VisionConfig:
+    generation = _GENERATIONS[model_type]
+    numbers = _vision_numbers(section, model_type)
     section.check_positive(numbers)
-    act = section.get("hidden_act", str, defaults["hidden_act"])
-    acts = ("gelu_pytorch_tanh", "gelu", "silu")
+    lists = {}
+    for key in ("fullatt_block_indexes",) if model_type == "qwen2_5_vl" else ("deepstack_visual_indexes",):
+        if model_type == "qwen2_vl":
+            break
+        indexes = section.get(key, list, *([[7, 15, 23, 31]] if generation.older else []))
+        if not all(is_int(i) for i in indexes) or indexes != sorted(set(indexes)):
+            raise section.error(key, "increasing layer numbers", indexes)
+        lists[key] = tuple(indexes)
+    usual = {"qwen2_vl": "quick_gelu", "qwen2_5_vl": "silu"}.get(model_type, "gelu_pytorch_tanh")
+    act = section.get("hidden_act", str, usual)
+    acts = ("gelu_pytorch_tanh", "gelu", "silu", "quick_gelu")
     if act not in acts:
         raise section.error("hidden_act", f"one of {', '.join(acts)}", act)
     head_dim = section.get("head_dim", int, None)
@@ -210,77 +276,66 @@ def _vision(section: "_Section") -> VisionConfig:
     theta = section.get("rope_theta", float, 10000.0)
     if theta != 10000:
         raise section.error("rope_theta", "10000", theta)
-    _Section(section.get("rope_parameters", dict, {}), section.where, f"{section.name}rope_parameters.").finish(
+    Section(section.get("rope_parameters", dict, {}), section.where, f"{section.name}rope_parameters.").finish(
         _ONLY_VISION_ROPE
     )
-    config = VisionConfig(**numbers, deepstack_visual_indexes=tuple(indexes), hidden_act=act)
-    section.finish(_ONLY_VISION)
-    return config
+    return VisionConfig(
+        **{"num_position_embeddings": 0} | numbers,
+        **lists,
+        hidden_act=act,
+        norm=generation.norm,
+        gated_mlp=generation.gated_mlp,
+        patch_bias=not generation.older,
+    )
 
 
-class _Section:
-    """An object of the file whose keys are ticked off as they are read, so that the rest can be judged at the end."""
-
-    def __init__(self, values: Mapping[str, Any], where: str, name: str):
-        self.values, self.where, self.name, self.read = values, where, name, set()
-
-    def get(self, key: str, kind: type, *default):
-        """The value of a key as a `kind`; without a default it must be there. null counts as absent."""
-        self.read.add(key)
-        value = self.values.get(key)
-        if value is None:
-            if not default:
-                raise CheckpointError(f"{self.where}: {self.name}{key} is missing; fetch the file again.")
-            return default[0]
-        if kind is float and _is_int(value):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and not _is_int(value)):
-            kinds = {int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
-            raise self.error(key, kinds.get(kind, "a string"), value)
-        return value
-
-    def square(self, key: str, default: int) -> int:
-        """A number that may be spelled as a list of two equal ones."""
-        value = self.values.get(key)
-        if isinstance(value, list) and len(value) == 2 and value[0] == value[1] and _is_int(value[0]):
-            self.read.add(key)
-            return value[0]
-        return self.get(key, int, default)
-
-    def check_positive(self, numbers: Mapping[str, int]) -> None:
-        """Refuses the first number below 1."""
-        for key, value in numbers.items():
-            if value < 1:
-                raise self.error(key, "a positive integer", value)
-
-    def section(self, key: str) -> "_Section":
-        """The object under a key."""
-        return _Section(self.get(key, dict), self.where, f"{self.name}{key}.")
-
-    def error(self, key: str, expected: str, got: Any) -> CheckpointError:
-        """The error of a value that cannot be used."""
-        return CheckpointError(f"{self.where}: {self.name}{key} must be {expected}, but is {json.dumps(got)}.")
-
-    def finish(self, only: Mapping[str, tuple]) -> None:
-        """Refuses keys that hold another value than `only` allows, and keys that nothing is known about."""
-        for key, value in self.values.items():
-            if key in only:
-                if value is not None and value not in only[key]:
-                    allowed = " or ".join(json.dumps(v) for v in only[key])
-                    raise CheckpointError(
-                        f"{self.where}: {self.name}{key} = {json.dumps(value)} is not supported, only {allowed}; "
-                        "use a checkpoint without it."
-                    )
-            elif key not in self.read | _NEUTRAL and value is not None:
-                near = difflib.get_close_matches(key, self.read | set(only), n=1)
-                hint = (
-                    f"did you mean {near[0]}?" if near else "remove it if it does not change what the model computes."
-                )
-                raise CheckpointError(f"{self.where}: {self.name}{key} is not a key that is known here; {hint}")
+def _vision_numbers(section: "Section", model_type: str) -> dict[str, int]:
+    """Sizes of the tower, by their names in `VisionConfig`; hub files of the older generations leave defaults out."""
+    older = _GENERATIONS[model_type].older
+    defaults = _defaults(VisionConfig)
+    numbers = {key: section.get(key, int, *default) for key, default in _VISION_SIZES[model_type].items()}
+    optional = ("temporal_patch_size", "spatial_merge_size", "in_channels")
+    numbers |= {key: section.get(key, int, defaults[key]) for key in optional}
+    numbers["patch_size"] = section.square("patch_size", 14 if older else defaults["patch_size"])
+    if model_type == "qwen2_vl":
+        # Here `hidden_size` is the decoder's width, and the tower's is `embed_dim`.
+        numbers["out_hidden_size"], numbers["hidden_size"] = numbers["hidden_size"], numbers.pop("embed_dim")
+        numbers["intermediate_size"] = numbers["hidden_size"] * numbers.pop("mlp_ratio")
+    return numbers
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+_QWEN3_SIZES = {
+    "depth": (),
+    "hidden_size": (),
+    "intermediate_size": (),
+    "num_heads": (),
+    "out_hidden_size": (),
+    "num_position_embeddings": (2304,),
+}
+# Keys of vision_config that hold sizes, each with its default where the reference has one that files rely on.
+_VISION_SIZES = {
+    "qwen2_vl": {
+        "depth": (32,),
+        "embed_dim": (1280,),
+        "hidden_size": (3584,),
+        "mlp_ratio": (4,),
+        "num_heads": (16,),
+    },
+    "qwen2_5_vl": {
+        "depth": (32,),
+        "hidden_size": (3584,),
+        "intermediate_size": (3420,),
+        "num_heads": (16,),
+        "out_hidden_size": (3584,),
+        "window_size": (112,),
+    },
+    "qwen3_vl": _QWEN3_SIZES,
+    "qwen3_vl_moe": _QWEN3_SIZES,
+}
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 def config_to_json(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
@@ -293,30 +348,78 @@ def config_to_json(config: QwenVLConfig, dtype: str) -> dict[str, Any]:
         raise CheckpointError(
             f"model_type {config.model_type!r} cannot be written; supported: {', '.join(MODEL_TYPES)}."
         )
-    rope = config.text.rope
-    if not rope.mrope_interleaved:
-        raise CheckpointError(
-            f"text.rope.mrope_interleaved=False cannot be written: {config.model_type} is interleaved in the public "
-            "layout."
-        )
-    text = {field.name: getattr(config.text, field.name) for field in dataclasses.fields(TextConfig)}
-    tied = text.pop("tie_word_embeddings")
-    text |= {"model_type": "qwen3_vl_text", "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
-    text["rope_parameters"] = {
-        "rope_type": "default",
-        "rope_theta": rope.theta,
-        "mrope_section": list(rope.mrope_section),
-        "mrope_interleaved": True,
-    }
-    del text["rope"]
-    vision = dataclasses.asdict(config.vision) | {"model_type": "qwen3_vl_vision"}
-    vision["deepstack_visual_indexes"] = list(config.vision.deepstack_visual_indexes)
-    return {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
+    values = {
+        "architectures": [_GENERATIONS[config.model_type].architecture],
         "model_type": config.model_type,
         "dtype": dtype,
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
         **{key: getattr(config, key) for key in _TOKEN_IDS},
-        "text_config": dict(sorted(text.items())),
-        "vision_config": dict(sorted(vision.items())),
+        "text_config": dict(sorted(_text_to_json(config).items())),
+        "vision_config": dict(sorted(_vision_to_json(config).items())),
     }
+    # What comes back must be what was given: a field that this layout has no key for would be lost in silence.
+    for (name, mine), (_, read) in zip(_flat(config), _flat(config_from_json(values)), strict=True):
+        if mine != read and name != "eos_token_ids":
+            raise CheckpointError(
+                f"{name}={mine} cannot be written: {config.model_type} has {read} in the public layout; keep such a "
+                "model in native checkpoints."
+            )
+    return values
+
+
+def _flat(config, prefix: str = "") -> list[tuple[str, Any]]:
+    """Every field by its dotted name; sections that may be absent as they are."""
+    fields = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
+        nested = name in ("text", "vision", "text.rope")
+        fields += _flat(value, f"{name}.") if nested else [(name, value)]
+    return fields
+
+
+def _text_to_json(config: QwenVLConfig) -> dict[str, Any]:
+    t, older = config.text, _GENERATIONS[config.model_type].older
+    left_out = {"tie_word_embeddings", "rope", "moe", "qk_norm", "attention_bias"} | ({"head_dim"} if older else set())
+    text = {field.name: getattr(t, field.name) for field in dataclasses.fields(t) if field.name not in left_out}
+    text |= {"model_type": f"{config.model_type}_text", "hidden_act": "silu", "attention_dropout": 0.0}
+    rope = {
+        "rope_type": "default" if t.rope.yarn is None else "yarn",
+        "rope_theta": t.rope.theta,
+        "mrope_section": list(t.rope.mrope_section),
+    }
+    if t.rope.yarn is not None:
+        rope |= {key: value for key, value in dataclasses.asdict(t.rope.yarn).items() if value is not None}
+    if older:
+        text["use_sliding_window"] = False
+    else:
+        text["attention_bias"] = False
+        rope["mrope_interleaved"] = True
+    if t.moe is not None:
+        # Under both names: the released files have the first, transformers 5 writes the second.
+        text |= dataclasses.asdict(t.moe) | {"num_local_experts": t.moe.num_experts}
+        text |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+    return text | {"rope_parameters": rope}
+
+
+def _vision_to_json(config: QwenVLConfig) -> dict[str, Any]:
+    v, model_type = config.vision, config.model_type
+    left_out = {"norm", "gated_mlp", "patch_bias", "window_size", "fullatt_block_indexes", "deepstack_visual_indexes"}
+    vision = {field.name: getattr(v, field.name) for field in dataclasses.fields(v) if field.name not in left_out}
+    vision["model_type"] = f"{model_type}_vision"
+    if not _GENERATIONS[model_type].older:
+        return vision | {"deepstack_visual_indexes": list(v.deepstack_visual_indexes)}
+    del vision["num_position_embeddings"]
+    if model_type == "qwen2_5_vl":
+        seconds = config.tokens_per_second
+        return vision | {
+            "window_size": v.window_size,
+            "fullatt_block_indexes": list(v.fullatt_block_indexes),
+            "tokens_per_second": int(seconds) if seconds == int(seconds) else seconds,
+        }
+    width, inner = v.hidden_size, vision.pop("intermediate_size")
+    if inner % width:
+        raise CheckpointError(
+            f"vision.intermediate_size={inner} cannot be written: {model_type} says it as a whole multiple of "
+            f"hidden_size={width}."
+        )
+    return vision | {"embed_dim": width, "hidden_size": vision.pop("out_hidden_size"), "mlp_ratio": inner // width}

@@ -16,7 +16,7 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from qwenvl_jax.checkpoint import hf
-from qwenvl_jax.checkpoint.hf_config import read_json
+from qwenvl_jax.checkpoint.sections import read_json
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import CheckpointError
 
@@ -166,16 +166,16 @@ def match(
             f"{folder}: config.json asks for {layers} layers, but the files hold only {len(headers)} tensors; use the "
             "config.json that belongs to the weights."
         )
-    wanted = {name: entry.shape for entry in hf.tensor_table(config) for name in entry.names()}
+    wanted = {name: entry for entry in hf.tensor_table(config) for name in entry.names()}
     stored: dict[str, str] = {}
     unexpected, faulty = [], []
     for name, (_, dtype, shape) in sorted(headers.items()):
-        current = hf.current_name(name)
+        current = hf.current_name(name, config.model_type)
         if current is None:
             continue
         if current == hf.HEAD and config.text.tie_word_embeddings:
-            current = hf.EMBEDDING
-            if any(hf.current_name(other) == current for other in headers):
+            current = hf.PREFIXES[config.model_type].embedding
+            if any(hf.current_name(other, config.model_type) == current for other in headers):
                 continue
         if current not in wanted or current in stored:
             unexpected.append(name)
@@ -183,8 +183,8 @@ def match(
         stored[current] = name
         if dtype not in DTYPES:
             faulty.append(f"{name} is {dtype}, not one of {'/'.join(DTYPES)}")
-        elif shape != wanted[current]:
-            faulty.append(f"{name} is {list(shape)}, config.json asks for {list(wanted[current])}")
+        elif shape != wanted[current].shape and not wanted[current].is_swapped(shape):
+            faulty.append(f"{name} is {list(shape)}, config.json asks for {list(wanted[current].shape)}")
     missing = [name for name in wanted if name not in stored]
     kinds = (("missing", missing), ("unexpected", unexpected), ("misshaped", faulty))
     found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds if names]

@@ -105,6 +105,7 @@ def collate(
     vision_shape: tuple[tuple[int, int], ...] | None = None,
     merge_size: int = 2,
     patch_dim: int | None = None,
+    window: int = 0,
 ) -> Batch:
     """Makes a `Batch` of NumPy arrays.
 
@@ -117,6 +118,7 @@ def collate(
       vision_shape: (rows, patches in a row) of each bucket, for each group alike; chosen to fit without it.
       merge_size: patches to the side of a merged token.
       patch_dim: bytes in a patch; needed where `vision_shape` is given and no sample may have media.
+      window: side of an attention window of the tower, in merged tokens; 0 for a tower without windows.
 
     Raises:
       DataError: a row is longer than `length`, the rows do not divide into the groups, or frames do not fit the shape.
@@ -139,8 +141,9 @@ def collate(
                 f"the {len(lengths[g])} frames of group {g} (longest {max(lengths[g])} patches, {sum(lengths[g])} in "
                 f"all) do not fit vision_shape={list(shape)} of (rows, patches); enlarge it or lower max_pixels."
             )
-    vision = _vision_rows(frames_by_group, places, shape, pixel_table, merge_size, patch_dim)
-    return _token_rows(rows, places, lengths, shape, length, pad_token_id, merge_size, vision)
+    vision = _vision_rows(frames_by_group, places, shape, pixel_table, merge_size, patch_dim, window)
+    merged = [_merged_index(*one, shape, merge_size, window) for one in zip(frames_by_group, places, strict=True)]
+    return _token_rows(rows, merged, length, pad_token_id, merge_size, vision)
 
 
 def _check_shape(shape: tuple[tuple[int, int], ...], merge_size: int):
@@ -170,6 +173,33 @@ def _merge_order(h: int, w: int, m: int) -> np.ndarray:
     return rows_columns.reshape(h // m, m, w // m, m, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2).astype(np.int32)
 
 
+def window_order(rows: int, columns: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """The merged tokens of a frame, window after window.
+
+    The frame is cut into windows of `window` x `window` from its upper left corner; those at the right and lower edge
+    are what is left. A frame of 3 x 5 with windows of 2:
+
+        0  1 |  2  3 |  4         stands as  0 1 5 6 | 2 3 7 8 | 4 9 | 10 11 | 12 13 | 14
+        5  6 |  7  8 |  9
+       ------+-------+---
+       10 11 | 12 13 | 14
+
+    Args:
+      rows, columns: of the frame, in merged tokens.
+      window: side of a window, in merged tokens.
+
+    Returns:
+      i64[rows*columns], the number in reading order of the merged token at each place, and the number of the window
+      that it is in, from 1.
+
+    Reference: `get_vision_window_index` of transformers 5.23.
+    """
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    numbers = row // window * -(-columns // window) + column // window + 1
+    order = np.argsort(numbers, kind="stable")  # stable: a window keeps reading order within
+    return order, numbers[order]
+
+
 def _vision_rows(
     frames_by_group: list[list[_Frame]],
     places: list[list[Place]],
@@ -177,6 +207,7 @@ def _vision_rows(
     pixel_table: np.ndarray,
     merge_size: int,
     patch_dim: int | None,
+    window: int,
 ) -> tuple[VisionRows, ...]:
     """Fills the buckets."""
     groups = len(frames_by_group)
@@ -190,16 +221,26 @@ def _vision_rows(
             "sizes": np.ones((groups, rows, slots, 2), np.int32),
             "segment_ids": np.zeros((groups, rows, slots), np.int32),
             "items": np.zeros((groups, rows, slots), np.int32),
+            **({"windows": np.zeros((groups, rows, slots), np.int32)} if window else {}),
         }
         for rows, slots in shape
     ]
     for g, frames in enumerate(frames_by_group):
-        for frame, place in zip(frames, places[g], strict=True):
+        # Along each row, since windows are numbered on from frame to frame.
+        for frame, place in sorted(zip(frames, places[g], strict=True), key=lambda pair: pair[1].start):
             h, w = frame.size
             at = (g, place.row, slice(place.start, place.start + h * w))
             bucket = buckets[place.bucket]
-            bucket["patches"][at] = frame.patches
-            bucket["coords"][at] = _merge_order(h, w, merge_size)
+            patches, coords = frame.patches, _merge_order(h, w, merge_size)
+            if window:
+                block = merge_size**2
+                order, numbers = window_order(h // merge_size, w // merge_size, window)
+                moved = (order[:, None] * block + np.arange(block)).reshape(-1)
+                patches, coords = patches[moved], coords[moved]
+                before = bucket["windows"][g, place.row, place.start - 1] if place.start else 0
+                bucket["windows"][at] = before + np.repeat(numbers, block)
+            bucket["patches"][at] = patches
+            bucket["coords"][at] = coords
             bucket["sizes"][at] = (h, w)
             bucket["segment_ids"][at] = place.number
             bucket["items"][at] = frame.item
@@ -207,7 +248,7 @@ def _vision_rows(
     return tuple(VisionRows(**bucket, pixel_table=table) for bucket in buckets)
 
 
-def _token_rows(rows, places, lengths, shape, length, pad_token_id, merge_size, vision) -> Batch:
+def _token_rows(rows, merged, length, pad_token_id, merge_size, vision) -> Batch:
     """Lays the samples of each row side by side and points their vision tokens at the merged tokens of the group."""
     axes = next((s.positions.shape[1] for row in rows for s in row), 3)
     tokens_BT = np.full((len(rows), length), pad_token_id, np.int32)
@@ -216,9 +257,8 @@ def _token_rows(rows, places, lengths, shape, length, pad_token_id, merge_size, 
     targets_BT = np.full((len(rows), length), pad_token_id, np.int32)
     weights_BT = np.zeros((len(rows), length), np.float32)
     index_BT = np.full((len(rows), length), -1, np.int32)
-    per_group = len(rows) // len(places)
-    for g, group_places in enumerate(places):
-        merged_M = _merged_index(group_places, lengths[g], shape, merge_size)
+    per_group = len(rows) // len(merged)
+    for g, merged_M in enumerate(merged):
         used = 0  # merged tokens of the group's samples before this one
         for b in range(g * per_group, (g + 1) * per_group):
             start = 0
@@ -245,13 +285,16 @@ def _token_rows(rows, places, lengths, shape, length, pad_token_id, merge_size, 
 
 
 def _merged_index(
-    places: list[Place], lengths: list[int], shape: tuple[tuple[int, int], ...], merge_size: int
+    frames: list[_Frame], places: list[Place], shape: tuple[tuple[int, int], ...], merge_size: int, window: int
 ) -> np.ndarray:
     """i32[M]: for each merged token of the group in reading order, its number among the slots of the vision rows."""
     before = np.cumsum([0] + [rows * slots for rows, slots in shape])  # patch slots of the buckets before
-    pieces = [
-        (before[place.bucket] + place.row * shape[place.bucket][1] + place.start) // merge_size**2
-        + np.arange(length // merge_size**2)
-        for place, length in zip(places, lengths, strict=True)
-    ]
+    pieces = []
+    for frame, place in zip(frames, places, strict=True):
+        start = (before[place.bucket] + place.row * shape[place.bucket][1] + place.start) // merge_size**2
+        tokens = np.arange(len(frame.patches) // merge_size**2)
+        if window:
+            order, _ = window_order(frame.size[0] // merge_size, frame.size[1] // merge_size, window)
+            tokens = np.argsort(order)
+        pieces.append(start + tokens)
     return np.concatenate([np.empty(0, np.int64), *pieces]).astype(np.int32)

@@ -152,9 +152,8 @@ class BatchLoader:
 
     def __init__(self, plan: Plan, samples: SampleCache, processor):
         self.plan, self.samples = plan, samples
-        self._fixed = {
-            name: getattr(processor, name) for name in ("pixel_table", "merge_size", "pad_token_id", "patch_dim")
-        }
+        names = ("pixel_table", "merge_size", "pad_token_id", "patch_dim", "window")
+        self._fixed = {name: getattr(processor, name) for name in names}
         block = processor.merge_size**2
         if any(length % block for _, length in plan.shape.vision):
             raise ConfigError(f"batch.vision={plan.shape.vision}: patches in a row must be a multiple of {block}.")

@@ -7,17 +7,18 @@ Everything a model was trained with (token ids, template, sizes, normalisation) 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from qwenvl_jax.batch import Batch
 from qwenvl_jax.checkpoint.folder import resolve
-from qwenvl_jax.data import chat, image, positions, sampling, video
+from qwenvl_jax.data import chat, positions
 from qwenvl_jax.data.collate import collate
+from qwenvl_jax.data.media import MediaOpener, Opened
 from qwenvl_jax.data.sample import Media, Sample
-from qwenvl_jax.data.settings import MediaConfig, Settings, media_config
+from qwenvl_jax.data.settings import Settings, media_config
 from qwenvl_jax.errors import CheckpointError, ConversationError, MediaError
 
 _IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -42,35 +43,31 @@ class Facts:
     times: tuple[tuple[float, ...], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """A medium that is measured, with the way to its patches."""
-
-    part: dict
-    kind: str
-    grid: tuple[int, int, int]
-    times: tuple[float, ...]
-    load: Callable[[], np.ndarray]
-
-
 class Processor:
     """Turns conversations into samples and batches as the model's folder says.
 
     Attributes:
       tokenizer: `tokenizers.Tokenizer`.
       dialect: "official" or "transformers".
+      generation: `qwenvl_jax.data.generations.Generation` of the model.
+      image, video: `qwenvl_jax.data.settings.MediaConfig`, how images and videos are sized and cut.
       pixel_table: f32[3, 256], what each byte of each channel is to the model.
       pad_token_id, eos_token_id, image_token_id, video_token_id, vision_start_token_id, vision_end_token_id: ids.
       merge_size: patches to the side of a merged token.
+      window: side of an attention window of the tower in merged tokens, 0 for a tower without windows.
+      tokens_per_second: time positions in a second of a video, where positions tell absolute time (Qwen2.5-VL); else 1.
       patch_dim: bytes in a patch.
     """
 
     def __init__(self, settings: Settings):
         """Builds a processor from the contents of a folder's files; see `from_pretrained`."""
         self._settings = settings
-        self.tokenizer, self.dialect = settings.tokenizer, settings.dialect
+        self.tokenizer, self.dialect, self.generation = settings.tokenizer, settings.dialect, settings.generation
         self.image, self.pixel_table = media_config(settings.image_config, "preprocessor_config.json")
-        self.video, video_table = media_config(settings.video_config, "video_preprocessor_config.json", video=True)
+        file = "video_preprocessor_config.json" if settings.video_config else "preprocessor_config.json"
+        self.video, video_table = media_config(
+            settings.video_config or settings.image_config, file, video_of=settings.generation
+        )
         if not np.array_equal(self.pixel_table, video_table) or self.image.cutting != self.video.cutting:
             raise CheckpointError(
                 "preprocessor_config.json and video_preprocessor_config.json must agree on patch_size, "
@@ -83,8 +80,10 @@ class Processor:
         self.vision_end_token_id = settings.token_id(_VISION_END)
         self.pad_token_id = settings.token_id(settings.named_token("pad_token", "<|endoftext|>"))
         self.eos_token_id = settings.token_id(settings.named_token("eos_token", _TURN_END))
-        self.merge_size = self.image.merge_size
+        self.merge_size, self.window = self.image.merge_size, settings.window
+        self.tokens_per_second = settings.tokens_per_second
         self.patch_dim = 3 * self.image.temporal_patch_size * self.image.patch_size**2
+        self._opener = MediaOpener(self.image, self.video, self.generation, self.dialect, self.tokens_per_second)
         for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             wanted, found = settings.model_config.get(key), getattr(self, key)
             if wanted is not None and wanted != found:
@@ -101,8 +100,8 @@ class Processor:
           dialect: "official" or "transformers"; without it, what `qwenvl_jax.json` in the folder says, else "official".
 
         Raises:
-          CheckpointError: a file is missing or damaged, the files do not go together, or the tokenizer lacks Qwen-VL's
-            marks.
+          CheckpointError: a file is missing or damaged, the files do not go together or do not tell which generation
+            this is, or the tokenizer lacks Qwen-VL's marks.
           ConfigError: a dialect that does not exist.
         """
         folder = resolve(path, weights=False)
@@ -152,6 +151,7 @@ class Processor:
             merge_size=self.merge_size,
             pad_token_id=self.pad_token_id,
             patch_dim=self.patch_dim,
+            window=self.window,
         )
 
     def sample(
@@ -243,92 +243,18 @@ class Processor:
         merged = np.stack([row // (len(index_BT) // groups), index_BT[row, slot]], axis=1)
         return merged, np.asarray(batch.tokens)[row, slot] == self.video_token_id
 
-    def _open(self, conversation: list[dict]) -> list[_Opened]:
+    def _open(self, conversation: list[dict]) -> list[Opened]:
         """Checks the conversation, opens its media and chooses their frames and sizes."""
         chat.check_conversation(conversation)
         opened = []
         for where, part in chat.parts_of(conversation, ("image", "video")):
             try:
-                opened.append(self._open_image(part) if part["type"] == "image" else self._open_video(part))
+                opened.append(self._opener.open(part))
             except (MediaError, ConversationError) as error:
                 raise type(error)(f"{where}: {error}") from error
         return opened
 
-    def _open_image(self, part: dict) -> _Opened:
-        config, source = self.image, part["image"]
-        height, width = image.image_size(source)
-        try:
-            height, width = image.smart_resize(height, width, factor=config.factor, **_pixel_bounds(part, config))
-        except MediaError as error:
-            raise MediaError(f"image {source}: {error}" if isinstance(source, (str, Path)) else str(error)) from error
-
-        def load() -> np.ndarray:
-            frame = image.resize(image.read_image(source), height, width)
-            return self._patches(np.repeat(frame[None], config.temporal_patch_size, axis=0))
-
-        return _Opened(part, "image", (1, height // config.patch_size, width // config.patch_size), (), load)
-
-    def _open_video(self, part: dict) -> _Opened:
-        config, source = self.video, part["video"]
-        times, (height, width), read = self._frames_of(part)
-        bounds = _pixel_bounds(part, config)
-        if config.max_pixels_per_frame is not None:
-            share = min(config.max_pixels_per_frame, bounds["max_pixels"] // len(times))
-            bounds["max_pixels"] = max(share, int(bounds["min_pixels"] * 1.05)) * len(times)
-        try:
-            height, width = sampling.clip_size(
-                len(times), height, width, factor=config.factor, temporal_factor=config.temporal_patch_size, **bounds
-            )
-        except MediaError as error:
-            raise MediaError(f"video {source}: {error}" if isinstance(source, (str, Path)) else str(error)) from error
-        group_times = sampling.group_times(times, config.temporal_patch_size)
-
-        def load() -> np.ndarray:
-            clip = np.empty((len(group_times) * config.temporal_patch_size, height, width, 3), np.uint8)
-            n = 0
-            for frame in read():
-                clip[n] = image.resize(frame, height, width)
-                n += 1
-            clip[n:] = clip[n - 1]  # an odd count repeats its last frame
-            return self._patches(clip)
-
-        grid = (len(group_times), height // config.patch_size, width // config.patch_size)
-        return _Opened(part, "video", grid, group_times, load)
-
-    def _frames_of(self, part: dict) -> tuple[np.ndarray, tuple[int, int], Callable[[], Iterable[np.ndarray]]]:
-        """Times of the chosen frames of a video, (height, width), and the way to their pixels."""
-        config, source = self.video, part["video"]
-        chosen = {key: part.get(key) for key in ("fps", "num_frames", "min_frames", "max_frames")}
-        if isinstance(source, video.VideoFrames):
-            given = [key for key, value in chosen.items() if value is not None]
-            if given:
-                raise ConversationError(
-                    f"the frames of qv.VideoFrames are used as they are; drop {' and '.join(given)}."
-                )
-            return source.timestamps, source.frames.shape[1:3], lambda: source.frames
-        if not isinstance(source, (str, Path)):
-            raise MediaError(
-                f"a video must be a path or qv.VideoFrames (frames with their times), got {type(source).__name__}; the "
-                "times of bare frames are unknown and never guessed."
-            )
-        info = video.probe(source)
-        if chosen["fps"] is None and chosen["num_frames"] is None:
-            chosen["fps"] = config.fps
-        low, high = chosen["min_frames"], chosen["max_frames"]
-        chosen["min_frames"] = low or min(config.min_frames, high or config.min_frames)
-        chosen["max_frames"] = high or max(config.max_frames, low or config.max_frames)
-        indices = sampling.uniform_indices(len(info.times), info.fps, **chosen)
-        return info.times[indices], (info.height, info.width), lambda: video.read_frames(info, indices)
-
-    def _patches(self, frames: np.ndarray) -> np.ndarray:
-        return image.patchify(
-            frames,
-            patch_size=self.image.patch_size,
-            temporal_patch_size=self.image.temporal_patch_size,
-            merge_size=self.merge_size,
-        )
-
-    def _tokens(self, conversation: list[dict], opened: list[_Opened], add_generation_prompt: bool) -> Sample:
+    def _tokens(self, conversation: list[dict], opened: list[Opened], add_generation_prompt: bool) -> Sample:
         """Everything of a sample but its media."""
         guard = self._encoder.guard_for(conversation)
         text = chat.render(
@@ -341,30 +267,41 @@ class Processor:
         learnt = np.zeros(len(encoded.ids), bool)
         for start, end in chat.learnt_spans(text, _TURN_START, _TURN_END):
             learnt |= (encoded.starts >= start) & (encoded.starts < end)
-        # Each frame stands in the text as one placeholder; here it takes its merged tokens.
+        # Each run of vision stands in the text as one placeholder; here it takes its merged tokens.
         is_image, is_video = encoded.ids == self.image_token_id, encoded.ids == self.video_token_id
         lengths = np.ones(len(encoded.ids), np.int64)
         lengths[is_image | is_video] = [
-            o.grid[1] * o.grid[2] // self.merge_size**2 for o in opened for _ in range(o.grid[0])
+            t * h * w // self.merge_size**2 for one in opened for t, h, w in self._runs(one)
         ]
         tokens, learnt = np.repeat(encoded.ids, lengths), np.repeat(learnt, lengths)
         kinds = np.repeat(is_image * positions.IMAGE + is_video * positions.VIDEO, lengths).astype(np.uint8)
         seen = kinds != positions.TEXT
+        videos = [one for one in opened if one.kind == "video"]
         return Sample(
             tokens=tokens,
             positions=positions.mrope_positions(
                 kinds,
-                [o.grid for o in opened if o.kind == "image"],
-                positions.split_frames(o.grid for o in opened if o.kind == "video"),
+                [one.grid for one in opened if one.kind == "image"],
+                [grid for one in videos for grid in self._runs(one)],
                 merge_size=self.merge_size,
+                video_steps=[one.steps for one in videos for _ in self._runs(one)],
+                past_time=self.dialect == "official",
             ),
             targets=np.append(tokens[1:], tokens[-1:]),
             loss_weights=np.append(learnt[1:], False).astype(np.float32),
             vision_index=np.where(seen, np.cumsum(seen) - 1, -1).astype(np.int32),
         )
 
-    def _place_media(self, text: str, opened: list[_Opened]) -> str:
-        """Puts one placeholder for each frame, with its time, where the template left one for each medium."""
+    def _runs(self, one: Opened) -> list[tuple[int, int, int]]:
+        """The grids of the runs of vision tokens that a medium becomes, in patches."""
+        if one.kind == "video" and self.generation.written_times:
+            return positions.split_frames([one.grid])
+        return [one.grid]
+
+    def _place_media(self, text: str, opened: list[Opened]) -> str:
+        """Puts a placeholder for each run of vision, after its time if that is written, where the template left one for
+        each medium.
+        """
         pieces, place = [], 0
         for one in opened:
             pad = _IMAGE_PAD if one.kind == "image" else _VIDEO_PAD
@@ -375,7 +312,7 @@ class Processor:
                     "a vision model?"
                 )
             before, place = text[place:at], at + len(pad)
-            if one.kind == "image":
+            if one.kind == "image" or not self.generation.written_times:
                 pieces += [before, pad]
                 continue
             frames = "".join(
@@ -388,12 +325,3 @@ class Processor:
         if _IMAGE_PAD in rest or _VIDEO_PAD in rest:
             raise CheckpointError(f"the chat template shows more media than the conversation's {len(opened)}.")
         return "".join([*pieces, rest])
-
-
-def _pixel_bounds(part: dict, config: MediaConfig) -> dict[str, int]:
-    """min_pixels and max_pixels of a part, the folder's where it gives none; one given moves the other if need be."""
-    low, high = part.get("min_pixels"), part.get("max_pixels")
-    return {
-        "min_pixels": low or (config.min_pixels if high is None else min(config.min_pixels, high)),
-        "max_pixels": high or (config.max_pixels if low is None else max(config.max_pixels, low)),
-    }

@@ -13,7 +13,7 @@ class Media:
       kind: "image" or "video".
       patches: u8[t*h*w, 3*tau*P*P], frame after frame, each frame in merge order (2x2 blocks of patches together).
       grid: (t, h, w), temporal patches and height and width in patches.
-      times: seconds of each of the t temporal patches, as written in the prompt; empty for an image.
+      times: seconds of each of the t temporal patches, as written in Qwen3-VL's prompts; empty for an image.
     """
 
     kind: str

@@ -1,10 +1,16 @@
-"""Which frames of a video are looked at, and how large they are then."""
+"""Which frames of a video are looked at, and how large they are then.
+
+Every generation was released with rules of its own; `qwenvl_jax.data.generations` says which belongs to which. A video
+file is always sampled: where neither `fps` nor `num_frames` is given, two frames a second are taken, as qwen-vl-utils
+does. (The processors of transformers take every frame of a Qwen2-VL or Qwen2.5-VL video unless `do_sample_frames` is
+set; with it set and `fps=2` they choose what the dialect "transformers" chooses here.)
+"""
 
 import math
 
 import numpy as np
 
-from qwenvl_jax.data.image import check_ratio
+from qwenvl_jax.data.image import check_ratio, smart_resize
 from qwenvl_jax.errors import MediaError
 
 
@@ -36,14 +42,116 @@ def uniform_indices(
 
     Reference: `Qwen3VLVideoProcessor.sample_frames` of transformers 5.23.
     """
+    _check_wish(n_frames, source_fps, fps, num_frames)
+    if num_frames is None:
+        num_frames = min(max(int(n_frames / source_fps * fps), min_frames), max_frames, n_frames)
+    return np.linspace(0, n_frames - 1, num_frames).round().astype(np.int64)
+
+
+def even_indices(
+    n_frames: int,
+    source_fps: float,
+    *,
+    fps: float | None = None,
+    num_frames: int | None = None,
+    min_frames: int = 4,
+    max_frames: int = 768,
+) -> np.ndarray:
+    """An even number of frames spread from the first to the last, both included (the rule of qwen-vl-utils).
+
+    n = n_frames / source_fps * fps, raised to `min_frames` (rounded up to even), then limited to `max_frames` and to
+    what is there, and rounded down to even; or `num_frames` rounded to even, halves to the multiple of four. The
+    indices are linspace(0, n_frames - 1, n), rounded half to even.
+
+    Args:
+      n_frames, source_fps, fps, num_frames: see `uniform_indices`; frames never repeat.
+
+    Returns:
+      i64[n], rising.
+
+    Raises:
+      MediaError: as `uniform_indices`, or n is less than 2 or more than there are.
+
+    Reference: `smart_nframes` of qwen-vl-utils 0.0.14, and torch's linspace, which computes in float32 from both ends.
+    """
+    _check_wish(n_frames, source_fps, fps, num_frames)
+    if num_frames is None:
+        wish = max(n_frames / source_fps * fps, _ceil_even(min_frames))
+        n = _floor_even(min(wish, _floor_even(max_frames), n_frames))
+    else:
+        n = round(num_frames / 2) * 2
+    _check_count(n, n_frames)
+    step, index = np.float64(np.float32(n_frames - 1) / np.float32(n - 1)), np.arange(n)
+    places = np.where(index < n // 2, step * index, n_frames - 1 - step * (n - 1 - index))
+    return places.astype(np.float32).round().astype(np.int64)
+
+
+def stepped_indices(
+    n_frames: int,
+    source_fps: float,
+    *,
+    fps: float | None = None,
+    num_frames: int | None = None,
+    min_frames: int = 4,
+    max_frames: int = 768,
+) -> np.ndarray:
+    """An even number of frames, each a step of n_frames / n after the one before (the rule of transformers' Qwen2-VL).
+
+    n = n_frames / source_fps * fps, raised to `min_frames`, then limited to `max_frames` and to what is there (both
+    rounded down to even), and rounded down to even; or `num_frames` rounded to even, halves to the multiple of four.
+    The indices are i * n_frames / n, truncated; so the last frame is only among them if all are.
+
+    Args:
+      n_frames, source_fps, fps, num_frames: see `uniform_indices`; frames never repeat.
+
+    Returns:
+      i64[n], rising.
+
+    Raises:
+      MediaError: as `uniform_indices`, or n is less than 2 or more than there are.
+
+    Reference: `Qwen2VLVideoProcessor.sample_frames` of transformers 5.23. Where its `arange` counts a step too many, it
+    asks for a frame after the last one and fails; here that step is left out.
+    """
+    _check_wish(n_frames, source_fps, fps, num_frames)
+    if num_frames is None:
+        limit = _floor_even(min(max_frames, n_frames))
+        n = _floor_even(min(max(n_frames / source_fps * fps, min_frames), limit, n_frames))
+    else:
+        n = round(num_frames / 2) * 2
+    _check_count(n, n_frames)
+    # torch's arange, in float32 on x86: two vectors of eight at a time, each counted on from its first value; then one
+    # by one. Where a step falls on a whole number or just beside it, this decides what it is truncated to.
+    step, index = n_frames / n, np.arange(n)
+    first = np.float32(step * (index // 8 * 8)).astype(np.float64)
+    in_vectors = np.float32(first + step * (index % 8))
+    return np.where(index < n // 16 * 16, in_vectors, np.float32(step * index)).astype(np.int64)
+
+
+def _check_wish(n_frames: int, source_fps: float, fps: float | None, num_frames: int | None):
+    """What every rule asks of its arguments."""
     if (fps is None) == (num_frames is None):
         raise MediaError(f"give either fps or num_frames of a video, not both or neither; got {fps} and {num_frames}.")
     for name, value in (("n_frames", n_frames), ("source_fps", source_fps), ("fps", fps), ("num_frames", num_frames)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise MediaError(f"{name} of a video must be positive and finite, got {value}.")
-    if num_frames is None:
-        num_frames = min(max(int(n_frames / source_fps * fps), min_frames), max_frames, n_frames)
-    return np.linspace(0, n_frames - 1, num_frames).round().astype(np.int64)
+
+
+def _check_count(n: int, n_frames: int):
+    """Rules for an even number of frames that never repeat."""
+    if not 2 <= n <= n_frames:
+        raise MediaError(
+            f"a video of {n_frames} frames must be sampled at no fewer than 2 of them and no more than there are, got "
+            f"{n}; change fps, num_frames, min_frames or max_frames, or send a single frame as an image."
+        )
+
+
+def _floor_even(number: float) -> int:
+    return math.floor(number / 2) * 2
+
+
+def _ceil_even(number: float) -> int:
+    return math.ceil(number / 2) * 2
 
 
 def clip_size(
@@ -55,6 +163,7 @@ def clip_size(
     temporal_factor: int,
     min_pixels: int,
     max_pixels: int,
+    cap_tokens: int | None = None,
 ) -> tuple[int, int]:
     """Height and width that the frames of a clip are resized to; the budgets count pixels of the whole clip.
 
@@ -63,12 +172,16 @@ def clip_size(
       factor: side of a merged patch, in pixels.
       temporal_factor: frames in a temporal patch.
       min_pixels, max_pixels: bounds of frames * height * width.
+      cap_tokens: merged tokens that a frame has at most (unless `min_pixels` asks for more), or None.
 
     Raises:
       MediaError: fewer frames than a temporal patch holds, or a side ratio over 200.
 
     Reference: `smart_resize` of transformers 5.23's Qwen3-VL video processor.
     """
+    if cap_tokens is not None:
+        share = min(cap_tokens * factor**2, max_pixels // n_frames)
+        max_pixels = max(share, int(min_pixels * 1.05)) * n_frames
     if n_frames < temporal_factor:
         raise MediaError(
             f"a video must have at least {temporal_factor} sampled frames, got {n_frames}; give a longer video, raise "
@@ -89,6 +202,37 @@ def clip_size(
         new_height = math.ceil(height * beta / factor) * factor
         new_width = math.ceil(width * beta / factor) * factor
     return new_height, new_width
+
+
+def frame_size(
+    n_frames: int,
+    height: int,
+    width: int,
+    *,
+    factor: int,
+    temporal_factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    cap_tokens: int | None = None,
+) -> tuple[int, int]:
+    """Height and width that the frames of a video are resized to, each as an image; the budgets count a frame's pixels.
+
+    Args:
+      n_frames: frames sampled, before an odd count is filled up.
+      factor, temporal_factor: see `clip_size`.
+      min_pixels, max_pixels: bounds of height * width.
+      cap_tokens: length of a context of which the whole video takes at most nine tenths (unless `min_pixels` asks for
+        more), or None.
+
+    Raises:
+      MediaError: a side of zero, or a side ratio over 200.
+
+    Reference: `Qwen2VLVideoProcessor.resize` of transformers 5.23.
+    """
+    if cap_tokens is not None:
+        share = int(cap_tokens * factor * factor * 0.9) * temporal_factor // n_frames
+        max_pixels = max(min(max_pixels, share), int(min_pixels * 1.05))
+    return smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
 
 
 def group_times(times: np.ndarray, temporal_patch_size: int) -> tuple[float, ...]:

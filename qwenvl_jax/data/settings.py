@@ -1,4 +1,9 @@
-"""What a model's folder says about text and pixels: tokenizer, chat template, and the two preprocessor files."""
+"""What a model's folder says about text and pixels: tokenizer, chat template, and the preprocessor files.
+
+Folders of Qwen3-VL have two of those, `preprocessor_config.json` for images and `video_preprocessor_config.json`. Those
+of Qwen2-VL and Qwen2.5-VL have the first alone, for both. Folders that transformers 5 saved have
+`processor_config.json` in place of either. Of config.json only what the way to a batch depends on is read.
+"""
 
 import dataclasses
 import json
@@ -8,11 +13,17 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from qwenvl_jax.data.generations import Generation, find_generation
 from qwenvl_jax.data.image import first_line, pixel_table
 from qwenvl_jax.errors import CheckpointError, ConfigError
 
 DIALECTS = ("official", "transformers")
 DIALECT_FILE = "qwenvl_jax.json"
+
+# For a config.json that leaves them out: the defaults of transformers' Qwen2.5-VL configuration.
+_VISION_DEFAULTS = {"tokens_per_second": 4, "window_size": 112, "patch_size": 14, "spatial_merge_size": 2}
+# For a folder without config.json: what every public Qwen2.5-VL says.
+_VISION_PUBLIC = {**_VISION_DEFAULTS, "tokens_per_second": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +31,11 @@ class MediaConfig:
     """How images, or videos, are sized and cut; from `preprocessor_config.json` or `video_preprocessor_config.json`.
 
     Attributes:
-      min_pixels, max_pixels: bounds of the area of an image, or of frames * area of a video.
+      min_pixels, max_pixels: bounds of the area of an image; of a video, as the generation counts them, of the area of
+        a frame or of frames * area.
       patch_size, temporal_patch_size, merge_size: see `qwenvl_jax.data.image.patchify`.
       fps, min_frames, max_frames: the sampling of videos.
-      max_pixels_per_frame: cap on one frame of a video where `cap_pixels_per_frame` is on, else None.
+      cap_tokens: what the rule for the size of a video caps by, where `cap_pixels_per_frame` is on, else None.
     """
 
     min_pixels: int
@@ -34,7 +46,7 @@ class MediaConfig:
     fps: float = 2.0
     min_frames: int = 4
     max_frames: int = 768
-    max_pixels_per_frame: int | None = None
+    cap_tokens: int | None = None
 
     @property
     def factor(self) -> int:
@@ -55,8 +67,12 @@ class Settings:
       tokenizer: of `tokenizer.json`.
       chat_template: jinja source.
       tokenizer_config, image_config, video_config: the JSON objects of `tokenizer_config.json`,
-        `preprocessor_config.json` and `video_preprocessor_config.json`.
+        `preprocessor_config.json` and `video_preprocessor_config.json`; the last is empty where images and videos share
+        the numbers of the first.
       model_config: the JSON object of `config.json`, empty where there is none; never written.
+      generation: of the model.
+      vision: of the keys of `vision_config` in `config.json`, those that the way to a batch depends on. Where there is
+        no config.json, what `write` kept of it.
       dialect: "official" or "transformers".
     """
 
@@ -66,6 +82,8 @@ class Settings:
     image_config: dict[str, Any]
     video_config: dict[str, Any]
     model_config: dict[str, Any]
+    generation: Generation
+    vision: dict[str, int | float]
     dialect: str
 
     @classmethod
@@ -73,19 +91,28 @@ class Settings:
         """Reads a folder in the public layout; `dialect` goes before what the folder says.
 
         Raises:
-          CheckpointError: a file is missing or damaged.
+          CheckpointError: a file is missing or damaged, or none says which generation this is.
           ConfigError: a dialect that does not exist.
         """
         if dialect is not None and dialect not in DIALECTS:
             raise ConfigError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}.")
         tokenizer_config = _read_json(folder / "tokenizer_config.json", required=False)
         whole = _read_json(folder / "processor_config.json", required=False)  # where transformers 5 saves both
-        configs = {}
-        for key, file in (("image", "preprocessor_config.json"), ("video", "video_preprocessor_config.json")):
-            inner = whole.get(f"{key}_processor")
-            configs[key] = inner if inner and not (folder / file).is_file() else _read_json(folder / file)
+        image_config = _read_preprocessor(folder / "preprocessor_config.json", whole.get("image_processor"))
+        video_file = folder / "video_preprocessor_config.json"
+        video_config = _read_preprocessor(video_file, whole.get("video_processor"), required=False)
+        model_config = _read_json(folder / "config.json", required=False)
+        files = (whole, image_config, video_config, tokenizer_config)
+        named = [file.get(key) for key in ("processor_class", "video_processor_type") for file in files]
+        try:
+            generation = find_generation(model_config.get("model_type"), named)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+        if generation.needs_video_file and not video_config:
+            _read_json(video_file)
+        kept = _read_json(folder / DIALECT_FILE, required=False)
         if dialect is None:
-            dialect = _read_json(folder / DIALECT_FILE, required=False).get("dialect", "official")
+            dialect = kept.get("dialect", "official")
             if dialect not in DIALECTS:
                 raise CheckpointError(
                     f"{folder / DIALECT_FILE} has dialect {dialect!r}; it must be one of {', '.join(DIALECTS)}."
@@ -94,27 +121,59 @@ class Settings:
             tokenizer=_read_tokenizer(folder),
             chat_template=_read_template(folder, tokenizer_config),
             tokenizer_config=tokenizer_config,
-            image_config=configs["image"],
-            video_config=configs["video"],
-            model_config=_read_json(folder / "config.json", required=False),
+            image_config=image_config,
+            video_config=video_config,
+            model_config=model_config,
+            generation=generation,
+            vision=_vision_numbers(model_config, kept) if generation.absolute_time or generation.windows else {},
             dialect=dialect,
         )
 
     def write(self, folder: Path):
-        """Writes the files that `read` reads, here and in transformers; `folder` is made if missing."""
+        """Writes the files that `read` reads, here and in transformers; `folder` is made if missing.
+
+        Videos get a file of their own even if they share the numbers of images: transformers does not find its video
+        processor for every name of an image processor.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / "tokenizer.json"))
+        named = {"processor_class": self.generation.processor_class}
+        of_images = {key: value for key, value in self.image_config.items() if key != "image_processor_type"}
+        of_videos = {**of_images, "video_processor_type": self.generation.video_processor, **named}
+        ours = {"dialect": self.dialect, **({"vision_config": self.vision} if self.vision else {})}
         for name, value in (
             ("tokenizer_config.json", self.tokenizer_config),
-            ("preprocessor_config.json", self.image_config),
-            ("video_preprocessor_config.json", self.video_config),
+            ("preprocessor_config.json", {**self.image_config, **named}),
+            ("video_preprocessor_config.json", self.video_config or of_videos),
             # The file is shared: other keys of it stay.
-            (DIALECT_FILE, {**_read_json(folder / DIALECT_FILE, required=False), "dialect": self.dialect}),
+            (DIALECT_FILE, {**_read_json(folder / DIALECT_FILE, required=False), **ours}),
         ):
             if value:
                 text = json.dumps(value, indent=2, ensure_ascii=False)
                 (folder / name).write_text(text + "\n", encoding="utf-8")
         (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Positions in a second of a video, where the generation's positions tell absolute time; else 1."""
+        return self.vision["tokens_per_second"] if self.generation.absolute_time else 1
+
+    @property
+    def window(self) -> int:
+        """Side of an attention window of the tower in merged tokens, or 0.
+
+        Raises:
+          CheckpointError: a window that holds no whole merged token.
+        """
+        if not self.generation.windows:
+            return 0
+        size, patch, merge = (self.vision[key] for key in ("window_size", "patch_size", "spatial_merge_size"))
+        if size < patch * merge:
+            raise CheckpointError(
+                f"config.json has vision_config.window_size={size}; it must be at least {patch * merge}, the side of a "
+                "merged token in pixels: copy config.json from the model."
+            )
+        return size // merge // patch
 
     def token_id(self, token: str) -> int:
         """The id of a special token.
@@ -146,10 +205,37 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def media_config(values: dict[str, Any], file: str, video: bool = False) -> tuple[MediaConfig, np.ndarray]:
-    """Sizes and pixel table out of one preprocessor file, refusing settings that would change the pixels unseen."""
+def _vision_numbers(model_config: dict[str, Any], kept: dict[str, Any]) -> dict[str, int | float]:
+    """The numbers of `vision_config` in config.json, else those kept in `DIALECT_FILE`, else the public models'."""
+    if model_config:
+        found, otherwise = model_config.get("vision_config") or {}, _VISION_DEFAULTS
+    else:
+        found, otherwise = kept.get("vision_config") or {}, _VISION_PUBLIC
+    numbers = {key: otherwise[key] if found.get(key) is None else found[key] for key in otherwise}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            file = "config.json" if model_config else DIALECT_FILE
+            raise CheckpointError(
+                f"{file} has vision_config.{key}={value!r}; it must be a positive number: copy the file from the model."
+            )
+    return numbers
+
+
+def media_config(
+    values: dict[str, Any], file: str, *, video_of: Generation | None = None
+) -> tuple[MediaConfig, np.ndarray]:
+    """Sizes and pixel table out of one preprocessor file, refusing settings that would change the pixels unseen.
+
+    Args:
+      values: the JSON object of the file.
+      file: its name, for errors.
+      video_of: the generation, where the file is read for its videos.
+    """
     size = values.get("size") or {}
-    low, high = size.get("shortest_edge", values.get("min_pixels")), size.get("longest_edge", values.get("max_pixels"))
+    newer = (size.get("shortest_edge", size.get("min_pixels")), size.get("longest_edge", size.get("max_pixels")))
+    older = (values.get("min_pixels"), values.get("max_pixels"))
+    first, then = (older, newer) if video_of is None or video_of.older_video_keys else (newer, older)
+    low, high = (b if a is None else a for a, b in zip(first, then, strict=True))
     missing = [key for key in ("patch_size", "image_mean", "image_std") if values.get(key) is None]
     if low is None or high is None:
         missing.append("size.shortest_edge and size.longest_edge")
@@ -171,12 +257,12 @@ def media_config(values: dict[str, Any], file: str, video: bool = False) -> tupl
         temporal_patch_size=values.get("temporal_patch_size") or 2,
         merge_size=values.get("merge_size") or 2,
     )
-    if video:
+    if video_of:
         sampled = {key: values[key] for key in ("fps", "min_frames", "max_frames") if values.get(key) is not None}
         config = dataclasses.replace(config, **sampled)
         if values.get("cap_pixels_per_frame"):
-            tokens = values.get("max_video_tokens") or 768
-            config = dataclasses.replace(config, max_pixels_per_frame=tokens * config.factor**2)
+            tokens = values.get("max_video_tokens") or video_of.max_video_tokens
+            config = dataclasses.replace(config, cap_tokens=tokens)
     return config, table
 
 
@@ -195,6 +281,11 @@ def _read_template(folder: Path, tokenizer_config: dict[str, Any]) -> str:
             "copy it from the model."
         )
     return template
+
+
+def _read_preprocessor(path: Path, inner: dict[str, Any] | None, required: bool = True) -> dict[str, Any]:
+    """The object in a preprocessor file; where there is no such file, the one within processor_config.json."""
+    return inner if inner and not path.is_file() else _read_json(path, required)
 
 
 def _read_json(path: Path, required: bool = True) -> dict[str, Any]:

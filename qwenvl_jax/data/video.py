@@ -117,6 +117,7 @@ class VideoInfo:
       height, width: of a frame as shown, in pixels, after the rotation that the file asks for.
       times: f64[n], seconds from the first frame shown; at a constant rate exactly index / fps.
       fps: mean frames per second.
+      constant_rate: whether one rate explains the times of all frames.
       duration: seconds from the first frame shown to the end of the last.
       ticks: i64[n], the stream's own presentation timestamps, in units of `time_base` seconds.
     """
@@ -126,6 +127,7 @@ class VideoInfo:
     width: int
     times: np.ndarray
     fps: float
+    constant_rate: bool
     duration: float
     ticks: np.ndarray
     time_base: Fraction
@@ -451,6 +453,7 @@ def _timeline(
         width=width,
         times=times,
         fps=float(n / duration if rate is None else rate),
+        constant_rate=rate is not None,
         duration=float(duration),
         ticks=ticks,
         time_base=time_base,

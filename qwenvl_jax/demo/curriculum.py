@@ -40,8 +40,8 @@ ABOUT = {
     "s3": "everything, clips up to 12 s",
 }
 # Steps of each stage: in the demo of a few minutes, and in the one that makes the model that ships.
-QUICK_STEPS = {"text": 240, "s0": 30, "s1": 50, "s2": 30, "s3": 40}
-FULL_STEPS = {"text": 1400, "s0": 100, "s1": 400, "s2": 250, "s3": 450}
+QUICK_STEPS = {"text": 250, "s0": 30, "s1": 60, "s2": 30, "s3": 40}
+FULL_STEPS = {"text": 1900, "s0": 100, "s1": 500, "s2": 300, "s3": 500}
 PEAK_RATE = {"text": 0.02, "s0": 0.02, "s1": 0.015, "s2": 0.012, "s3": 0.012}
 
 

@@ -10,11 +10,15 @@ Given the whole task at once, a small model stays where it guesses among the tim
 is a course of lessons that adds one step at a time, each lesson with a little of those before it:
 
     lesson   the clip is told as                     the answer
-    recall    red circle<0.6 seconds> blue ring<...   red0.6 red0.6      the word asked for, right before its time
+    pairs     red0.6 blue0.6                          red0.6 red0.6      the time right behind the word asked for
+    recall    red circle<0.6 seconds> blue ring<...   red0.6 red0.6      the time some words behind it
     form      red circle<0.6 seconds> blue ring<...  {"event": ...}      the name is a few tokens away
     front    <0.6 seconds> red circle<...            {"event": ...}      the time stands before what is seen
     patches  <0.6 seconds> red circle<1.1 seconds>.. {"event": ...}      first and last among ever more patches
     task     as above, every patch
+
+Without the first lesson it is left to the seed whether a model learns to recall at all: to find the word before that
+equals this one is the first thing that lookup needs.
 
 Only pairs of colour and shape that training clips show are named, and no pixel is drawn.
 """
@@ -29,7 +33,7 @@ from qwenvl_jax.demo.records import Sighting, questions_and_answers, sight, told
 from qwenvl_jax.demo.vocabulary import SAMPLED_FPS
 
 # The share of the course's tokens after which each lesson ends; the task itself has the rest.
-LESSONS = {"recall": 0.18, "form": 0.26, "front": 0.44, "patches": 0.75}
+LESSONS = {"pairs": 0.08, "recall": 0.18, "form": 0.26, "front": 0.44, "patches": 0.75}
 # How often a lesson that is over comes back.
 REPEATED = 0.1
 
@@ -48,7 +52,7 @@ def lesson(seed: int, index: int, progress: float | None, fps: float = SAMPLED_F
     clip = outline_clip(seed, index, "train")
     rng = np.random.default_rng([seed, index])
     sighting = sight(clip, fps)
-    terse = behind = False
+    terse = behind = paired = False
     if progress is not None:
         kept = _share(progress, "front", "patches")
         if kept < 0 or rng.random() < REPEATED:
@@ -57,10 +61,13 @@ def lesson(seed: int, index: int, progress: float | None, fps: float = SAMPLED_F
             sighting = _thinned(sighting, kept, rng)
         behind = rng.random() < max(1 - _share(progress, "form", "front"), REPEATED)
         terse = progress < LESSONS["recall"] or rng.random() < REPEATED
+        # (Half as often as others: nothing of the task looks like it.)
+        paired = progress < LESSONS["pairs"] or rng.random() < REPEATED / 2
     order = [int(e) for e in rng.permutation(len(clip.events))]
+    terse = terse or paired
     messages = _terse(clip, sighting, order) if terse else questions_and_answers(clip, sighting, order)
-    text = told(clip, sighting, rng)
-    messages[0]["content"] = (_times_behind(text) if behind else text) + messages[0]["content"]
+    text = _pairs(clip, sighting, rng) if paired else told(clip, sighting, rng)
+    messages[0]["content"] = (_times_behind(text) if behind and not paired else text) + messages[0]["content"]
     return messages
 
 
@@ -91,6 +98,13 @@ def _thinned(sighting: Sighting, share: float, rng: np.random.Generator) -> Sigh
     edge_T = (sighting.visible & (forward_TE | backward_TE[::-1])).any(axis=1)
     kept_T = edge_T | (rng.random(len(edge_T)) < share)
     return dataclasses.replace(sighting, times=sighting.times[kept_T], visible=sighting.visible[kept_T])
+
+
+def _pairs(clip: Clip, sighting: Sighting, rng: np.random.Generator) -> str:
+    """The colours of the events, each with the time of its first patch right behind it, in order of time."""
+    colours = [clip.events[e].colour for e in rng.permutation(len(clip.events))]
+    starts = {event.colour: sighting.span(e)[0] for e, event in enumerate(clip.events)}
+    return "".join(f" {colour}{starts[colour]:.1f}" for colour in sorted(colours, key=starts.__getitem__))
 
 
 def _times_behind(text: str) -> str:

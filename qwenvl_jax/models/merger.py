@@ -1,23 +1,24 @@
 """Mergers: four neighbouring patches become one token of the decoder's width.
 
 The main merger normalises each patch and then joins four; a DeepStack merger joins first and normalises the long
-vector. Both use the exact GELU, unlike the tower's blocks.
+vector. Both use the exact GELU, unlike the tower's blocks, and the tower's kind of norm.
 """
 
 import jax
 from flax import nnx
 
 from qwenvl_jax.config import VisionConfig
-from qwenvl_jax.models.layers import LayerNorm, Linear
+from qwenvl_jax.models.layers import Linear
+from qwenvl_jax.models.vision import make_norm
 
 
 class Merger(nnx.Module):
-    """LayerNorm, join, two layers: [..., L, D] to [..., L / 4, H]."""
+    """Norm, join, two layers: [..., L, D] to [..., L / 4, H]."""
 
     def __init__(self, config: VisionConfig, *, norm_after_join: bool, stack=None, rngs, dtype):
         D, unit = config.hidden_size, config.spatial_merge_size**2
         wide = unit * D
-        self.norm = LayerNorm(wide if norm_after_join else D, stack=stack, dtype=dtype)
+        self.norm = make_norm(config, wide if norm_after_join else D, stack=stack, dtype=dtype)
         self.fc1 = Linear({"embed": wide}, {"merged": wide}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
         self.fc2 = Linear(
             {"merged": wide}, {"embed": config.out_hidden_size}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype

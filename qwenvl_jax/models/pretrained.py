@@ -57,9 +57,10 @@ def _check_tied(files: tensors.TensorFiles, stored: dict[str, str], config: Qwen
     """Refuses a tied model that brings an output projection of its own."""
     if not config.text.tie_word_embeddings or hf.HEAD not in files.headers:
         return
-    if not np.array_equal(files.read(hf.HEAD), files.read(stored[hf.EMBEDDING])):
+    embedding = stored[hf.PREFIXES[config.model_type].embedding]
+    if not np.array_equal(files.read(hf.HEAD), files.read(embedding)):
         raise CheckpointError(
-            f"{files.folder}: config.json says tie_word_embeddings, but {hf.HEAD} differs from {stored[hf.EMBEDDING]}; "
+            f"{files.folder}: config.json says tie_word_embeddings, but {hf.HEAD} differs from {embedding}; "
             "set tie_word_embeddings to false, or remove the head."
         )
 

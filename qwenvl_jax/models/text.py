@@ -1,8 +1,8 @@
-"""The decoder: grouped-query attention with normalised queries and keys, interleaved MRoPE, SwiGLU, scanned layers.
+"""The decoder: grouped-query attention, MRoPE, SwiGLU or experts, scanned layers; `TextConfig` tells the generations.
 
 DeepStack features enter inside the scan: after decoder layer k (both residuals added) the k-th features are added to
-the hidden states of the vision tokens. Source: Qwen3-VL technical report, section 2; the reference's
-`Qwen3VLTextModel`.
+the hidden states of the vision tokens. Sources: Qwen3-VL technical report, section 2; the reference's
+`Qwen2VLTextModel`, `Qwen2_5_VLTextModel`, `Qwen3VLTextModel`, `Qwen3VLMoeTextModel`.
 """
 
 import jax
@@ -11,30 +11,34 @@ from flax import nnx
 
 from qwenvl_jax.config import TextConfig
 from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, Linear, RMSNorm, scan_layers
+from qwenvl_jax.models.moe import SparseMoe
 from qwenvl_jax.ops.attention import attention
 from qwenvl_jax.ops.rope import rotate
 
 
 class TextAttention(nnx.Module):
-    """Queries, keys and values, the first two normalised per head before they are turned."""
+    """Queries, keys and values; the first two are turned, after a norm per head where the generation has one."""
 
     def __init__(self, config: TextConfig, *, stack, rngs, dtype):
         embed = {"embed": config.hidden_size}
         heads = {"heads": config.num_attention_heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
         make = {"use_bias": False, "stack": stack, "rngs": rngs, "dtype": dtype}
-        self.q = Linear(embed, heads, **make)
-        self.k = Linear(embed, kv_heads, **make)
-        self.v = Linear(embed, kv_heads, **make)
+        biased = make | {"use_bias": config.attention_bias}
+        self.q = Linear(embed, heads, **biased)
+        self.k = Linear(embed, kv_heads, **biased)
+        self.v = Linear(embed, kv_heads, **biased)
         self.o = Linear(heads, embed, gain=RESIDUAL_GAIN, **make)
-        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, stack=stack, dtype=dtype)
-        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, stack=stack, dtype=dtype)
+        norm = {"eps": config.rms_norm_eps, "stack": stack, "dtype": dtype}
+        self.q_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
 
     def project(self, x_BTH, cos, sin):
         """Returns (q [B, T, N, E], k [B, T, K, E], v [B, T, K, E]), the first two turned to their positions."""
-        q = rotate(self.q_norm(self.q(x_BTH)), cos, sin)
-        k = rotate(self.k_norm(self.k(x_BTH)), cos, sin)
-        return q, k, self.v(x_BTH)
+        q, k = self.q(x_BTH), self.k(x_BTH)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), self.v(x_BTH)
 
 
 class TextMLP(nnx.Module):
@@ -59,7 +63,8 @@ class TextLayer(nnx.Module):
         self.input_norm = RMSNorm(config.hidden_size, **norm)
         self.attn = TextAttention(config, stack=stack, rngs=rngs, dtype=dtype)
         self.post_attention_norm = RMSNorm(config.hidden_size, **norm)
-        self.mlp = TextMLP(config, stack=stack, rngs=rngs, dtype=dtype)
+        mlp = TextMLP if config.moe is None else SparseMoe
+        self.mlp = mlp(config, stack=stack, rngs=rngs, dtype=dtype)
 
     def __call__(self, x_BTH, cos, sin, attend):
         """One layer. `attend(q, k, v) -> (y, aux)` decides what the queries see; `aux` is handed back."""

@@ -1,7 +1,12 @@
 """The vision tower: patches of space and time, to features, with the outputs of chosen layers kept for DeepStack.
 
 A frame (an image, or one temporal patch of a video) attends to itself alone, in every layer; time is the decoder's
-business. Source: Qwen3-VL technical report, section 2; the reference's `Qwen3VLVisionModel`.
+business. With windows, most layers attend within squares of a frame, whose patches the host lays side by side. One
+tower serves all generations; `VisionConfig` says what each has.
+
+Sources: the technical reports of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923, section 2.1: windows) and
+Qwen3-VL; the reference's `Qwen2VisionTransformerPretrainedModel`, `Qwen2_5_VisionTransformerPretrainedModel` and
+`Qwen3VLVisionModel`.
 """
 
 import functools
@@ -12,7 +17,8 @@ from flax import nnx
 
 from qwenvl_jax.batch import VisionRows
 from qwenvl_jax.config import VisionConfig
-from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, LayerNorm, Linear, scan_layers
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, LayerNorm, Linear, RMSNorm, scan_layers
 from qwenvl_jax.ops.attention import attention
 from qwenvl_jax.ops.rope import rotate, vision_cos_sin
 
@@ -20,11 +26,18 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "silu": jax.nn.silu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x),
 }
 
 
+def make_norm(config: VisionConfig, width: int, *, stack=None, dtype):
+    """The norm of the tower's kind over `width` values; statistics in f32, epsilon 1e-6."""
+    kind = RMSNorm if config.norm == "rms_norm" else LayerNorm
+    return kind(width, eps=1e-6, stack=stack, dtype=dtype)
+
+
 class VisionAttention(nnx.Module):
-    """Bidirectional attention among the patches of a frame, with two-dimensional rotary positions."""
+    """Bidirectional attention among patches, with two-dimensional rotary positions."""
 
     def __init__(self, config: VisionConfig, *, stack, rngs, dtype):
         D, N = config.hidden_size, config.num_heads
@@ -32,14 +45,14 @@ class VisionAttention(nnx.Module):
         self.qkv = Linear({"embed": D}, {"qkv": 3, **heads}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
         self.proj = Linear(heads, {"embed": D}, use_bias=True, gain=RESIDUAL_GAIN, stack=stack, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x_BLD, cos, sin, segments_BL):
+    def __call__(self, x_BLD, cos, sin, attend):
+        """`attend(q, k, v) -> [B, L, N, E]` decides which patches see each other."""
         qkv = self.qkv(x_BLD)
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         # The tower turns queries and keys in f32 whatever the activations are; the decoder does not.
         q = rotate(q.astype(jnp.float32), cos, sin).astype(v.dtype)
         k = rotate(k.astype(jnp.float32), cos, sin).astype(v.dtype)
-        y = attention(q, k, v, q_segments_BT=segments_BL, kv_segments_BS=segments_BL, causal=False)
-        return self.proj(y)
+        return self.proj(attend(q, k, v))
 
 
 class VisionMLP(nnx.Module):
@@ -57,28 +70,47 @@ class VisionMLP(nnx.Module):
         return self.fc2(ACTIVATIONS[self.act](self.fc1(x)))
 
 
+class VisionGatedMLP(nnx.Module):
+    """down(act(gate x) * up x), with biases."""
+
+    def __init__(self, config: VisionConfig, *, stack, rngs, dtype):
+        embed, mlp = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
+        make = {"use_bias": True, "stack": stack, "rngs": rngs, "dtype": dtype}
+        self.gate = Linear(embed, mlp, **make)
+        self.up = Linear(embed, mlp, **make)
+        self.down = Linear(mlp, embed, gain=RESIDUAL_GAIN, **make)
+        self.act = config.hidden_act
+
+    def __call__(self, x):
+        return self.down(ACTIVATIONS[self.act](self.gate(x)) * self.up(x))
+
+
 class VisionBlock(nnx.Module):
     """Pre-norm attention and feed-forward, each added to its input."""
 
     def __init__(self, config: VisionConfig, *, stack, rngs, dtype):
-        self.norm1 = LayerNorm(config.hidden_size, stack=stack, dtype=dtype)
+        self.norm1 = make_norm(config, config.hidden_size, stack=stack, dtype=dtype)
         self.attn = VisionAttention(config, stack=stack, rngs=rngs, dtype=dtype)
-        self.norm2 = LayerNorm(config.hidden_size, stack=stack, dtype=dtype)
-        self.mlp = VisionMLP(config, stack=stack, rngs=rngs, dtype=dtype)
+        self.norm2 = make_norm(config, config.hidden_size, stack=stack, dtype=dtype)
+        mlp = VisionGatedMLP if config.gated_mlp else VisionMLP
+        self.mlp = mlp(config, stack=stack, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x, cos, sin, segments):
-        x = x + self.attn(self.norm1(x), cos, sin, segments)
+    def __call__(self, x, cos, sin, attend):
+        x = x + self.attn(self.norm1(x), cos, sin, attend)
         return x + self.mlp(self.norm2(x))
 
 
 class VisionTower(nnx.Module):
-    """Patch embedding, interpolated absolute positions, and the scanned blocks."""
+    """Patch embedding, interpolated absolute positions where the tower has them, and the scanned blocks."""
 
     def __init__(self, config: VisionConfig, *, rngs, dtype):
         D = config.hidden_size
         self.config = config
-        self.patch_embed = Linear({"patch": config.patch_dim}, {"embed": D}, use_bias=True, rngs=rngs, dtype=dtype)
-        self.pos_embed = Embed(config.num_position_embeddings, D, axes=("position", "embed"), rngs=rngs, dtype=dtype)
+        self.patch_embed = Linear(
+            {"patch": config.patch_dim}, {"embed": D}, use_bias=config.patch_bias, rngs=rngs, dtype=dtype
+        )
+        entries = config.num_position_embeddings
+        self.pos_embed = Embed(entries, D, axes=("position", "embed"), rngs=rngs, dtype=dtype) if entries else None
         self.blocks = VisionBlock(config, stack=config.depth, rngs=rngs, dtype=dtype)
 
     def __call__(self, rows: VisionRows, dtype, **scan):
@@ -94,26 +126,52 @@ class VisionTower(nnx.Module):
         """
         G, R, L, _ = rows.patches.shape
         x = self.patch_embed(normalise(rows, self.config).astype(dtype))
-        x = x + self._positions(rows).astype(dtype)
+        if self.pos_embed is not None:
+            x = x + self._positions(rows).astype(dtype)
         D, taps = x.shape[-1], self.config.deepstack_visual_indexes
         x = x.reshape(G * R, L, D)
-        segments = rows.segment_ids.reshape(G * R, L)
+        attend_in = self._attention(rows)
         cos, sin = vision_cos_sin(rows.coords.reshape(G * R, L, 2), D // self.config.num_heads)
 
         # Where each layer leaves its output: slot k for the k-th DeepStack layer, a spare last slot for the others.
         slots = [taps.index(i) if i in taps else len(taps) for i in range(self.config.depth)]
+        full = [i in self.config.fullatt_block_indexes for i in range(self.config.depth)]
 
         def body(carry, layer):
             x, kept = carry
-            block, slot = layer
-            x = block(x, cos, sin, segments)
+            block, slot, full = layer
+            x = block(x, cos, sin, attend_in(full))
             if taps:
                 kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
             return (x, kept), None
 
         kept = jnp.zeros((len(taps) + 1 if taps else 0, *x.shape), dtype)
-        (x, kept), _ = scan_layers(body, (x, kept), (self.blocks, jnp.asarray(slots, jnp.int32)), **scan)
+        layers = (self.blocks, jnp.asarray(slots, jnp.int32), jnp.asarray(full))
+        (x, kept), _ = scan_layers(body, (x, kept), layers, **scan)
         return x.reshape(G, R, L, D), kept[: len(taps)].reshape(-1, G, R, L, D)
+
+    def _attention(self, rows: VisionRows):
+        """Returns `attend_in(full)`, a layer's `attend(q, k, v)`: over frames if `full`, else over windows."""
+        L = rows.segment_ids.shape[-1]
+        frames_BL = rows.segment_ids.reshape(-1, L)
+
+        def over_frames(q, k, v):
+            return attention(q, k, v, q_segments_BT=frames_BL, kv_segments_BS=frames_BL, causal=False)
+
+        if not self.config.window_size:
+            return lambda full: over_frames
+        if rows.windows is None:
+            raise ConfigError(
+                "the batch has no attention windows, but vision.window_size="
+                f"{self.config.window_size}; make it with the processor of this model."
+            )
+        windows_BL = rows.windows.reshape(-1, L)
+        span = (self.config.window_cells * self.config.spatial_merge_size) ** 2
+
+        def over_windows(q, k, v):
+            return attention(q, k, v, q_segments_BT=windows_BL, kv_segments_BS=windows_BL, causal=False, span=span)
+
+        return lambda full: lambda q, k, v: jax.lax.cond(full, over_frames, over_windows, q, k, v)
 
     def _positions(self, rows: VisionRows):
         """The learned square table, resized bilinearly (corners aligned) to each frame: f32[G, R, L, D]."""

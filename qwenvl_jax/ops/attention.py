@@ -9,7 +9,7 @@ _MAX_BLOCKS = 8
 _MIN_BLOCK = 128
 
 
-def attention(q_BTNE, k_BSKE, v_BSKE, *, q_segments_BT, kv_segments_BS, causal: bool):
+def attention(q_BTNE, k_BSKE, v_BSKE, *, q_segments_BT, kv_segments_BS, causal: bool, span: int | None = None):
     """Scaled dot-product attention within segments.
 
     Query head n reads key/value head n // (N // K). A query sees the keys of its own segment; where `causal`, only
@@ -27,12 +27,16 @@ def attention(q_BTNE, k_BSKE, v_BSKE, *, q_segments_BT, kv_segments_BS, causal: 
       q_segments_BT: i32[B, T].
       kv_segments_BS: i32[B, S].
       causal: whether a query is limited to earlier slots.
+      span: a promise that every segment (but padding) is at most so many consecutive slots; each query is then compared
+        with the keys near it alone, so that cost grows with T and not with its square. Not with `causal`; T == S.
 
     Returns:
       [B, T, N, E] in the dtype of the queries.
     """
     B, T, N, E = q_BTNE.shape
     S, K = k_BSKE.shape[1:3]
+    if span is not None and 3 * span < T:
+        return _near(q_BTNE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, span)
     # Heads lead, so that both products are plain batched matrix products: [queries, E] x [E, keys] for each head.
     q_BKNTE = q_BTNE.reshape(B, T, K, N // K, E).transpose(0, 2, 3, 1, 4)
     k_BKES, v_BKSE = k_BSKE.transpose(0, 2, 3, 1), v_BSKE.transpose(0, 2, 1, 3)
@@ -61,3 +65,37 @@ def _attend(q_BKNTE, k_BKES, v_BKSE, allowed_B11TS):
     scores = jnp.where(allowed_B11TS, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSE.dtype).reshape(B, K, N * T, -1)
     return jax.lax.dot_general(weights, v_BKSE, (((3,), (2,)), heads)).reshape(B, K, N, T, E)
+
+
+def _near(q_BTNE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, span: int):
+    """Attention where segments are at most `span` slots long: blocks of `span` queries, each against three of keys.
+
+    keys     0 1 2 3 4       a segment that has a slot in block i lies within blocks i - 1 to i + 1
+    block 0  x x . . .
+    block 1  x x x . .
+    block 2  . x x x .
+    """
+    B, T, N, E = q_BTNE.shape
+    count = -(-T // span)
+
+    def blocks(x, fill):
+        """[B, T, ...] to [B, count, span, ...], what is missing in the last block filled."""
+        x = jnp.pad(x, ((0, 0), (0, count * span - T), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+        return x.reshape(B, count, span, *x.shape[2:])
+
+    def with_neighbours(x, fill):
+        """[B, T, ...] to [B * count, 3 * span, ...]: each block between the one before it and the one after it."""
+        x = jnp.pad(blocks(x, fill), ((0, 0), (1, 1), *((0, 0),) * x.ndim), constant_values=fill)
+        near = jnp.concatenate([x[:, :-2], x[:, 1:-1], x[:, 2:]], axis=2)
+        return near.reshape(B * count, 3 * span, *near.shape[3:])
+
+    y = attention(
+        blocks(q_BTNE, 0).reshape(B * count, span, N, E),
+        with_neighbours(k_BSKE, 0),
+        with_neighbours(v_BSKE, 0),
+        q_segments_BT=blocks(q_segments_BT, 0).reshape(B * count, span),
+        # Blocks that are not there belong to no segment, not even to padding.
+        kv_segments_BS=with_neighbours(kv_segments_BS, -1),
+        causal=False,
+    )
+    return y.reshape(B, count * span, N, E)[:, :T]

@@ -5,10 +5,12 @@ hardware that multiplies f32 in lower precision. Rotations are of the half-split
 `x * cos + concat(-x2, x1) * sin` with `x = concat(x1, x2)`.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
-from qwenvl_jax.config import RopeConfig
+from qwenvl_jax.config import RopeConfig, YarnConfig
 
 VISION_THETA = 10_000.0
 
@@ -16,6 +18,42 @@ VISION_THETA = 10_000.0
 def inverse_frequencies(theta: float, dim: int) -> np.ndarray:
     """Returns f32[dim // 2]: theta ** (-2j / dim) for j = 0, 1, ..."""
     return (1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
+
+
+def yarn_frequencies(theta: float, dim: int, yarn: YarnConfig) -> np.ndarray:
+    """Returns f32[dim // 2]: the frequencies of YaRN, each a blend of the original and of its `factor`-th part.
+
+    Frequency j turns `original / (2 pi theta ** (2j / dim))` times within the original length; solved for j,
+    `beta_fast` and `beta_slow` turns bound the blend. Source: arXiv 2309.00071, section 3.2.
+    """
+
+    def index_of(turns: float) -> float:
+        return dim * math.log(yarn.original_max_position_embeddings / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low, high = index_of(yarn.beta_fast), index_of(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    j = np.arange(dim // 2, dtype=np.float32)
+    kept = 1 - np.clip((j - np.float32(low)) / np.float32(high - low), 0, 1)
+    powers = (np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
+    original, stretched = 1 / powers, 1 / (np.float32(yarn.factor) * powers)
+    return (stretched * (1 - kept) + original * kept).astype(np.float32)
+
+
+def yarn_attention_factor(yarn: YarnConfig) -> float:
+    """What cosines and sines are multiplied by: 0.1 log(factor) + 1 unless the configuration says otherwise."""
+
+    def scaled(weight: float) -> float:
+        return 0.1 * weight * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
+
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    if yarn.mscale and yarn.mscale_all_dim:
+        return scaled(yarn.mscale) / scaled(yarn.mscale_all_dim)
+    return scaled(1.0)
 
 
 def mrope_axes(rope: RopeConfig) -> np.ndarray:
@@ -44,12 +82,16 @@ def mrope_cos_sin(positions_BTA, rope: RopeConfig, head_dim: int, dtype):
       dtype: of the result; the reference rounds the tables to the activations' dtype before rotating.
 
     Returns:
-      (cos, sin), each [B, T, E // 2].
+      (cos, sin), each [B, T, E // 2]; with YaRN, times its attention factor.
     """
-    frequencies_E = jnp.asarray(inverse_frequencies(rope.theta, head_dim))
+    if rope.yarn is None:
+        frequencies, factor = inverse_frequencies(rope.theta, head_dim), 1.0
+    else:
+        frequencies, factor = yarn_frequencies(rope.theta, head_dim, rope.yarn), yarn_attention_factor(rope.yarn)
+    frequencies_E, factor = jnp.asarray(frequencies), jnp.float32(factor)
     picked_BTE = jnp.take(positions_BTA.astype(jnp.float32), jnp.asarray(mrope_axes(rope)), axis=-1)
     angles_BTE = picked_BTE * frequencies_E[None, None, :]
-    return jnp.cos(angles_BTE).astype(dtype), jnp.sin(angles_BTE).astype(dtype)
+    return (jnp.cos(angles_BTE) * factor).astype(dtype), (jnp.sin(angles_BTE) * factor).astype(dtype)
 
 
 def vision_cos_sin(coords, head_dim: int):

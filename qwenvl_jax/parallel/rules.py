@@ -23,6 +23,8 @@ DEFAULT_RULES: Rules = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "gate_up": None,
+    "experts": "expert",
     "vocab": "tensor",
     "norm": None,
     "patch": None,

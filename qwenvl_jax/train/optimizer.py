@@ -13,8 +13,9 @@ from optax.contrib import MuonDimensionNumbers, muon
 from qwenvl_jax.train.config import OptimizerConfig
 from qwenvl_jax.train.state import WeightInfo
 
-# Axes along which a weight is many matrices: layers of a stack, and the three of a joined query/key/value projection.
-_BATCH_AXES = frozenset({"layers", "qkv"})
+# Axes along which a weight is many matrices: layers of a stack, experts of a layer, and what is joined in one kernel
+# (queries, keys and values; gate and up).
+_BATCH_AXES = frozenset({"layers", "experts", "qkv", "gate_up"})
 # Rows of these are looked up or scored one by one: no matrix in the sense of Muon.
 _TABLE_AXES = frozenset({"vocab", "position"})
 

@@ -17,6 +17,8 @@ from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.models import pretrained
 from tests.checkpoint.shape import TINY
 
+EMBEDDING = hf.PREFIXES[TINY.model_type].embedding
+
 Q0 = "model.language_model.layers.0.self_attn.q_proj.weight"
 
 
@@ -227,13 +229,13 @@ def test_tied_head(tmp_path, single):
     (single / "config.json").write_text(json.dumps(config))
     refused(single, "lm_head.weight differs from model.language_model.embed_tokens.weight")
     stored = load_file(single / "model.safetensors")
-    stored["lm_head.weight"] = stored[hf.EMBEDDING]
+    stored["lm_head.weight"] = stored[EMBEDDING]
     save_file(stored, single / "model.safetensors")
     both = pretrained.load(single, dtype="float32")
     assert both.text.head is None
     pretrained.save(both, tmp_path / "out")
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
-    del stored[hf.EMBEDDING]
+    del stored[EMBEDDING]
     save_file(stored, single / "model.safetensors")
     alone = pretrained.load(single, dtype="float32")
     assert np.array_equal(alone.text.embed.table[...], both.text.embed.table[...])

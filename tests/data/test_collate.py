@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+from transformers.vision_utils import get_vision_window_index
 
-from qwenvl_jax.data.collate import choose_vision_shape, collate, place_frames
+from qwenvl_jax.data.collate import choose_vision_shape, collate, place_frames, window_order
 from qwenvl_jax.data.packing import frames_fit
 from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.errors import DataError
@@ -134,3 +136,70 @@ def test_shapes_that_do_not_hold_the_samples(options, said):
 def test_text_alone_without_the_size_of_a_patch():
     with pytest.raises(DataError, match="patch_dim"):
         collate([[make_sample(0)]], pixel_table=TABLE, pad_token_id=PAD, vision_shape=((2, 8),))
+
+
+def reference_windows(grid: tuple[int, int, int]) -> tuple[list[int], list[int]]:
+    """The reference's order of merged tokens, and the borders of its windows in patches, for windows of 112 pixels."""
+    order, borders = get_vision_window_index(torch.tensor([grid]), 2, 112, 14)
+    return order.tolist(), borders.tolist()
+
+
+def our_windows(grid: tuple[int, int, int]) -> tuple[list[int], list[int]]:
+    t, h, w = grid
+    order, numbers = window_order(h // 2, w // 2, 4)
+    borders = np.cumsum(np.tile(np.bincount(numbers)[1:], t) * 4)
+    return [int(n) for i in range(t) for n in order + i * h * w // 4], [0, *borders.tolist()]
+
+
+def test_worked_windows():
+    order, borders = our_windows((1, 20, 12))
+    expected = (
+        "0 1 2 3 6 7 8 9 12 13 14 15 18 19 20 21 4 5 10 11 16 17 22 23 24 25 26 27 30 31 32 33 36 37 38 39 42 "
+        "43 44 45 28 29 34 35 40 41 46 47 48 49 50 51 54 55 56 57 52 53 58 59"
+    )
+    assert order == [int(n) for n in expected.split()]
+    assert borders == [0, 64, 96, 160, 192, 224, 240]
+    assert our_windows((2, 16, 8)) == (list(range(64)), [0, 64, 128, 192, 256])
+
+
+def test_windows_are_those_of_the_reference():
+    rng = np.random.default_rng(5)
+    for t, h, w in [(1, 20, 12), (2, 16, 8), (1, 2, 2), *rng.integers(1, 15, (60, 3)).tolist()]:
+        grid = (t, 2 * h, 2 * w)
+        assert our_windows(grid) == reference_windows(grid), grid
+
+
+@pytest.mark.parametrize("shape", [None, ((3, 300), (2, 80))])
+def test_patches_stand_window_after_window_and_tokens_point_at_them(shape):
+    samples = [
+        make_sample(0, [(1, 20, 12), (2, 6, 10)]),
+        make_sample(1, [(3, 4, 4)], words=5),
+        make_sample(2, [(1, 10, 18)]),
+    ]
+    rows, fixed = [[samples[0], samples[1]], [samples[2]]], {"pixel_table": TABLE, "pad_token_id": PAD}
+    plain = collate(rows, **fixed, groups=2, vision_shape=shape)
+    batch = collate(rows, **fixed, groups=2, vision_shape=shape, window=4)
+    assert all(v.windows is None for v in plain.vision)
+    for r, row in enumerate(rows):
+        # What each token shows is the same; only where it stands is not.
+        np.testing.assert_array_equal(patches_seen(batch, r), np.concatenate([m.patches for s in row for m in s.media]))
+    frames = 0
+    for v, p in zip(batch.vision, plain.vision, strict=True):
+        assert v.windows.dtype == np.int32 and v.windows.shape == v.segment_ids.shape
+        for name in ("segment_ids", "items", "sizes"):
+            np.testing.assert_array_equal(getattr(v, name), getattr(p, name))
+        np.testing.assert_array_equal(v.windows > 0, v.segment_ids > 0)
+        for g, r in np.ndindex(v.windows.shape[:2]):
+            windows, segments = v.windows[g, r], v.segment_ids[g, r]
+            first = 1
+            for number in range(1, segments.max() + 1):
+                at = segments == number
+                order, borders = reference_windows((1, *v.sizes[g, r][at][0].tolist()))
+                moved = [4 * n + i for n in order for i in range(4)]
+                np.testing.assert_array_equal(v.patches[g, r][at], p.patches[g, r][at][moved])
+                np.testing.assert_array_equal(v.coords[g, r][at], p.coords[g, r][at][moved])
+                expected = np.repeat(np.arange(first, first + len(borders) - 1), np.diff(borders))
+                np.testing.assert_array_equal(windows[at], expected)
+                first += len(borders) - 1
+                frames += 1
+    assert frames == 7

@@ -25,6 +25,22 @@ def told_times(messages) -> list[float]:
 
 def test_the_first_lesson_puts_the_time_right_behind_the_word_asked_for():
     for messages in conversations(0.0):
+        assert re.fullmatch(r"( [a-z]+[0-9.]+){2,4}When does the .*", messages[0]["content"])
+        for reply in messages[1::2]:
+            once = reply["content"][: len(reply["content"]) // 2]
+            assert reply["content"] == once * 2 and once in messages[0]["content"]
+        told = [float(time) for time in re.findall(r"[a-z]([0-9.]+)", messages[0]["content"])]
+        assert told == sorted(told)
+
+
+def paired(messages) -> bool:
+    return re.match(r" [a-z]+[0-9]", messages[0]["content"]) is not None
+
+
+def test_the_second_lesson_puts_the_time_behind_the_words_of_its_patch():
+    made = [messages for messages in conversations(0.1) if not paired(messages)]
+    assert 0.85 * SIZE < len(made) < SIZE
+    for messages in made:
         assert not times_in_front(messages)
         for asked, reply in zip(messages[::2], messages[1::2], strict=True):
             colour, start, again, end = re.fullmatch(r" (\w+?)([0-9.]+) (\w+?)([0-9.]+)", reply["content"]).groups()
@@ -37,11 +53,11 @@ def test_the_first_lesson_puts_the_time_right_behind_the_word_asked_for():
     ("lesson", "progress", "terse", "front", "all_patches"),
     [
         ("recall", 0.1, (1.0, 1.0), (0.0, 0.0), (0.0, 0.0)),
-        ("form", 0.25, (0.04, 0.18), (0.0, 0.0), (0.0, 0.0)),
-        ("front, half way", 0.35, (0.04, 0.18), (0.38, 0.62), (0.0, 0.0)),
-        ("front, at its end", 0.44, (0.04, 0.18), (0.82, 0.96), (0.0, 0.0)),
-        ("patches, half way", 0.595, (0.04, 0.18), (0.82, 0.96), (0.0, 0.05)),
-        ("task", 0.9, (0.04, 0.18), (0.82, 0.96), (0.82, 0.96)),
+        ("form", 0.25, (0.08, 0.22), (0.0, 0.0), (0.0, 0.0)),
+        ("front, half way", 0.35, (0.08, 0.22), (0.35, 0.6), (0.0, 0.0)),
+        ("front, at its end", 0.44, (0.08, 0.22), (0.78, 0.94), (0.0, 0.0)),
+        ("patches, half way", 0.595, (0.08, 0.22), (0.78, 0.94), (0.0, 0.05)),
+        ("task", 0.9, (0.08, 0.22), (0.78, 0.94), (0.78, 0.94)),
     ],
 )
 def test_each_lesson_adds_one_step_and_keeps_some_of_those_before(lesson, progress, terse, front, all_patches):

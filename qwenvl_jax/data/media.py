@@ -1,0 +1,217 @@
+"""Images and videos of a conversation: opened and measured first, decoded when their patches are wanted."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from qwenvl_jax.data import image, positions, sampling, video
+from qwenvl_jax.data.generations import Generation
+from qwenvl_jax.data.settings import MediaConfig
+from qwenvl_jax.errors import ConversationError, MediaError
+
+# Times count as evenly spaced if none is further from its place than a tenth of the spacing, and than a twentieth of a
+# second, which is a tenth of a position of the public models. Frames picked evenly out of a film lie within that.
+EVEN_SPACING = 0.1
+EVEN_SECONDS = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A medium that is measured, with the way to its patches.
+
+    Attributes:
+      part: of the conversation.
+      kind: "image" or "video".
+      grid: (t, h, w) in patches.
+      times: seconds of each temporal patch, the mean of its frames; empty for an image.
+      steps: i32[t], time positions from the start of the medium, where they tell absolute time; else None.
+      load: decodes; returns u8[t*h*w, 3*tau*P*P].
+    """
+
+    part: dict
+    kind: str
+    grid: tuple[int, int, int]
+    times: tuple[float, ...]
+    steps: np.ndarray | None
+    load: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frames:
+    """The chosen frames of a video.
+
+    Attributes:
+      times: f64[n], seconds.
+      size: (height, width) in pixels, as they come.
+      even: whether they follow each other evenly.
+      fps: frames chosen in a second of the whole clip, None where its duration is unknown.
+      read: yields u8[height, width, 3] for each.
+    """
+
+    times: np.ndarray
+    size: tuple[int, int]
+    even: bool
+    fps: float | None
+    read: Callable[[], Iterable[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaOpener:
+    """Opens images and videos as the model's folder says.
+
+    Attributes:
+      image, video: how they are sized and cut.
+      generation, dialect: whose rules are followed.
+      tokens_per_second: time positions in a second, where the generation's positions tell absolute time.
+    """
+
+    image: MediaConfig
+    video: MediaConfig
+    generation: Generation
+    dialect: str
+    tokens_per_second: float
+
+    def open(self, part: dict) -> Opened:
+        """Chooses frames and size of the image or video of a part, decoding nothing.
+
+        Raises:
+          MediaError: it cannot be used, and why; named by its file.
+          ConversationError: options that its kind of source does not take.
+        """
+        kind = part["type"]
+        try:
+            return self._open_image(part) if kind == "image" else self._open_video(part)
+        except MediaError as error:
+            if not isinstance(part[kind], (str, Path)) or str(error).startswith(f"{kind} "):
+                raise
+            raise MediaError(f"{kind} {part[kind]}: {error}") from error
+
+    def _open_image(self, part: dict) -> Opened:
+        config, source = self.image, part["image"]
+        height, width = image.smart_resize(
+            *image.image_size(source), factor=config.factor, **_pixel_bounds(part, config)
+        )
+
+        def load() -> np.ndarray:
+            frame = image.resize(image.read_image(source), height, width)
+            return self._patches(np.repeat(frame[None], config.temporal_patch_size, axis=0))
+
+        grid = (1, height // config.patch_size, width // config.patch_size)
+        return Opened(part, "image", grid, (), None, load)
+
+    def _open_video(self, part: dict) -> Opened:
+        config, frames = self.video, self._frames_of(part)
+        height, width = self.generation.video_size(
+            len(frames.times),
+            *frames.size,
+            factor=config.factor,
+            temporal_factor=config.temporal_patch_size,
+            cap_tokens=config.cap_tokens,
+            **_pixel_bounds(part, config),
+        )
+        times = sampling.group_times(frames.times, config.temporal_patch_size)
+
+        def load() -> np.ndarray:
+            clip = np.empty((len(times) * config.temporal_patch_size, height, width, 3), np.uint8)
+            n = 0
+            for frame in frames.read():
+                clip[n] = image.resize(frame, height, width)
+                n += 1
+            clip[n:] = clip[n - 1]  # an odd count repeats its last frame
+            return self._patches(clip)
+
+        grid = (len(times), height // config.patch_size, width // config.patch_size)
+        return Opened(part, "video", grid, times, self._steps(frames), load)
+
+    def _frames_of(self, part: dict) -> _Frames:
+        """The frames of a video that are looked at: chosen by the generation's rule, or by the caller."""
+        config, source = self.video, part["video"]
+        chosen = {key: part.get(key) for key in ("fps", "num_frames", "min_frames", "max_frames")}
+        if isinstance(source, video.VideoFrames):
+            given = [key for key, value in chosen.items() if value is not None]
+            if given:
+                raise ConversationError(
+                    f"the frames of qv.VideoFrames are used as they are; drop {' and '.join(given)}."
+                )
+            times = source.timestamps
+            return _Frames(
+                times=times,
+                size=source.frames.shape[1:3],
+                even=_evenly_spaced(times),
+                fps=len(times) / source.duration if source.duration else None,
+                read=lambda: source.frames,
+            )
+        if not isinstance(source, (str, Path)):
+            raise MediaError(
+                f"a video must be a path or qv.VideoFrames (frames with their times), got {type(source).__name__}; the "
+                "times of bare frames are unknown and never guessed."
+            )
+        info = video.probe(source)
+        if chosen["fps"] is None and chosen["num_frames"] is None:
+            chosen["fps"] = config.fps
+        low, high = chosen["min_frames"], chosen["max_frames"]
+        chosen["min_frames"] = low or min(config.min_frames, high or config.min_frames)
+        chosen["max_frames"] = high or max(config.max_frames, low or config.max_frames)
+        indices = self.generation.sampling[self.dialect](len(info.times), info.fps, **chosen)
+        return _Frames(
+            times=info.times[indices],
+            size=(info.height, info.width),
+            even=info.constant_rate,
+            fps=len(indices) / len(info.times) * info.fps,
+            read=lambda: video.read_frames(info, indices),
+        )
+
+    def _steps(self, frames: _Frames) -> np.ndarray | None:
+        """Time positions of a video's temporal patches, where they tell absolute time.
+
+        Evenly spaced frames follow the reference, which spreads them over the whole clip. It has no rule for others:
+        each temporal patch then stands at the time of its first frame.
+        """
+        if not self.generation.absolute_time:
+            return None
+        tau = self.video.temporal_patch_size
+        starts = frames.times[::tau]
+        if len(starts) == 1:
+            return np.zeros(1, np.int32)
+        if not frames.even:
+            return positions.steps_at_times(starts, self.tokens_per_second)
+        if frames.fps is None:
+            raise MediaError(
+                f"the {len(frames.times)} evenly spaced frames of qv.VideoFrames come without the duration that this "
+                "model's time positions are computed from; give duration, the length in seconds of the clip they came "
+                "from."
+            )
+        return positions.steps_at_rate(len(starts), self.tokens_per_second, tau / frames.fps)
+
+    def _patches(self, frames: np.ndarray) -> np.ndarray:
+        config = self.image
+        return image.patchify(
+            frames,
+            patch_size=config.patch_size,
+            temporal_patch_size=config.temporal_patch_size,
+            merge_size=config.merge_size,
+        )
+
+
+def _evenly_spaced(times: np.ndarray) -> bool:
+    """Whether times lie evenly between the first and the last, within `EVEN_SPACING` and `EVEN_SECONDS`.
+
+    Args:
+      times: f64[n], seconds, not decreasing.
+    """
+    if len(times) < 2 or times[0] == times[-1]:
+        return False  # nothing is spaced, and the times say all there is
+    spacing = (times[-1] - times[0]) / (len(times) - 1)
+    off = np.abs(times - np.linspace(times[0], times[-1], len(times))).max()
+    return bool(off <= min(EVEN_SPACING * spacing, EVEN_SECONDS))
+
+
+def _pixel_bounds(part: dict, config: MediaConfig) -> dict[str, int]:
+    """min_pixels and max_pixels of a part, the folder's where it gives none; one given moves the other if need be."""
+    low, high = part.get("min_pixels"), part.get("max_pixels")
+    return {
+        "min_pixels": low or (config.min_pixels if high is None else min(config.min_pixels, high)),
+        "max_pixels": high or (config.max_pixels if low is None else max(config.max_pixels, low)),
+    }
