@@ -14,14 +14,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from qwenvl_jax.assemble import decoder, texts, tower
-from qwenvl_jax.assemble.decoder import Experts
 from qwenvl_jax.assemble.ingredient import Dropped, Ingredient, Piece, number
 from qwenvl_jax.assemble.tower import Tower
 from qwenvl_jax.checkpoint import hf, hf_config, tensors
@@ -40,11 +38,11 @@ class Summary:
 
     Attributes:
       folder: of the result.
-      config: its shape; feed-forward layers taken for dense ones.
+      config: its shape.
       dtype: of its weights.
       seed: of its mergers.
       vision, text: the sources.
-      tower, experts: what was read of them.
+      tower: what was read of the former.
       weights: parameters by part: "tower", "mergers", "decoder".
       dropped: tensors of each source without a place in the result.
     """
@@ -56,7 +54,6 @@ class Summary:
     vision: Ingredient
     text: Ingredient
     tower: Tower
-    experts: Experts | None
     weights: dict[str, int]
     dropped: tuple[tuple[Ingredient, tuple[Dropped, ...]], ...]
 
@@ -64,7 +61,9 @@ class Summary:
         """A table, with the next command."""
         v, t, side = self.config.vision, self.config.text, math.isqrt(self.config.vision.num_position_embeddings)
         resized = self.tower.side != side
-        feed = f"{self.experts.count} experts of {self.experts.width}" if self.experts else f"ffn {t.intermediate_size}"
+        feed = f"ffn {t.intermediate_size}"
+        if t.moe is not None:
+            feed = f"{t.moe.num_experts} experts of {t.moe.moe_intermediate_size}, {t.moe.num_experts_per_tok} a token"
         taps, share = ", ".join(map(str, v.deepstack_visual_indexes)), 1 / tower.TEMPORAL
         notes = {
             "tower": (
@@ -139,23 +138,27 @@ def assemble(
         raise CheckpointError(f"{out} is there and is not an empty folder; name a new one.")
     eyes, words = Ingredient(vision), Ingredient(text)
     shape = tower.read_tower(eyes)
-    decoder.check_type(words)
-    experts = decoder.read_experts(words)
+    model_type = decoder.result_type(words)
     vocabulary = number(words.config, "vocab_size", 151936, words.where)
     marks = texts.read_marks(words.folder, vocabulary)
     width = number(words.config, "hidden_size", 4096, words.where)
+    text_config = decoder.text_config(words)
     values = {
-        "model_type": "qwen3_vl",
+        "model_type": model_type,
+        "tie_word_embeddings": text_config.pop("tie_word_embeddings", False),
         **marks.vision,
-        "text_config": decoder.text_config(words),
-        "vision_config": tower.vision_config(shape, side=side, out=width, deepstack=deepstack),
+        "text_config": text_config,
+        "vision_config": {
+            **tower.vision_config(shape, side=side, out=width, deepstack=deepstack),
+            "model_type": f"{model_type}_vision",
+        },
     }
     config = hf_config.config_from_json(values, f"{eyes.where} and {words.where}")
     tower_pieces, tower_dropped = tower.tower_pieces(eyes, shape, side)
-    decoder_pieces, decoder_dropped = decoder.decoder_pieces(words, config, experts)
+    decoder_pieces, decoder_dropped = decoder.decoder_pieces(words, config)
     pieces = {"tower": tower_pieces, "mergers": merger_pieces(config, seed), "decoder": decoder_pieces}
     files = texts.json_files(words.folder, marks, shape.patch)
-    files["config.json"] = _config_json(config, experts, dtype)
+    files["config.json"] = hf_config.config_to_json(config, dtype)
     with _new_folder(out) as making:
         texts.write_texts(words.folder, making)
         _write(making, [piece for part in pieces.values() for piece in part], files, dtype, max_shard_bytes)
@@ -167,7 +170,6 @@ def assemble(
         vision=eyes,
         text=words,
         tower=shape,
-        experts=experts,
         weights={part: sum(math.prod(piece.shape) for piece in found) for part, found in pieces.items()},
         dropped=((eyes, tuple(tower_dropped)), (words, tuple(decoder_dropped))),
     )
@@ -192,16 +194,6 @@ def merger_pieces(config: QwenVLConfig, seed: int) -> list[Piece]:
             value = values[entry.path] if entry.layers is None else values[entry.path][layer]
             pieces.append(Piece(name, entry.shape, lambda entry=entry, value=value: entry.to_public(value)))
     return pieces
-
-
-def _config_json(config: QwenVLConfig, experts: Experts | None, dtype: str) -> dict[str, Any]:
-    """config.json of the result."""
-    values = hf_config.config_to_json(config, dtype)
-    if experts is not None:
-        values |= {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
-        values["text_config"] |= {"model_type": "qwen3_vl_moe_text", **experts.to_json()}
-        values["vision_config"] |= {"model_type": "qwen3_vl_moe_vision"}
-    return values
 
 
 def _write(out: Path, pieces: list[Piece], files: dict[str, dict], dtype: str, max_shard_bytes: int) -> None:

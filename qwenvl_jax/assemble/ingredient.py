@@ -105,11 +105,11 @@ class Ingredient:
             )
         return [Dropped(name, len(sizes), sum(sizes)) for name, sizes in groups.items()]
 
-    def check_layers(self, layers: int) -> None:
-        """Refuses a number of layers that the files cannot hold, before the names of that many are spelled out."""
-        if layers > len(self.files.headers):
+    def check_count(self, count: int, what: str) -> None:
+        """Refuses a number of layers or experts that the files cannot hold, before the names of all are spelled out."""
+        if count > len(self.files.headers):
             raise CheckpointError(
-                f"{self.folder}: config.json asks for {layers} layers, but the files hold only "
+                f"{self.folder}: config.json asks for {count} {what}, but the files hold only "
                 f"{len(self.files.headers)} tensors; use the config.json that belongs to the weights."
             )
 

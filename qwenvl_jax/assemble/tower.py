@@ -20,7 +20,7 @@ import math
 import numpy as np
 
 from qwenvl_jax.assemble.ingredient import Dropped, Ingredient, Piece, number, only
-from qwenvl_jax.checkpoint.hf import VISION
+from qwenvl_jax.checkpoint.hf import PREFIXES
 from qwenvl_jax.errors import CheckpointError, ConfigError
 
 # Whether the patch embedding is a convolution (fixed resolution) or a product with flattened patches (NaFlex).
@@ -33,6 +33,7 @@ _ACTIVATIONS = {"hidden_act": ("gelu_pytorch_tanh", "gelu", "silu")}
 _PUBLIC_TAPS = {24: (5, 11, 17), 27: (8, 16, 24)}  # by depth
 _TAPS = 3
 TEMPORAL = 2
+VISION = PREFIXES["qwen3_vl"].vision  # that of qwen3_vl_moe too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def read_tower(source: Ingredient) -> Tower:
         is_conv=is_conv,
         prefix=_PREFIX if any(name.startswith(_PREFIX) for name in source.files.headers) else "",
     )
-    source.check_layers(tower.depth)
+    source.check_count(tower.depth, "layers")
     return tower
 
 
@@ -115,7 +116,7 @@ def deepstack_indexes(depth: int) -> tuple[int, ...]:
 
 
 def vision_config(tower: Tower, *, side: int, out: int, deepstack: tuple[int, ...] | None) -> dict:
-    """The vision_config of the result.
+    """The vision_config of the result, but for its model type.
 
     Args:
       tower: the source.
@@ -135,7 +136,6 @@ def vision_config(tower: Tower, *, side: int, out: int, deepstack: tuple[int, ..
     if side < 1:
         raise ConfigError(f"the position table's side must be at least 1, got {side}; 48 is the public one.")
     return {
-        "model_type": "qwen3_vl_vision",
         "depth": tower.depth,
         "hidden_size": tower.width,
         "intermediate_size": tower.ffn,

@@ -89,6 +89,16 @@ def write_qwen3(folder: Path, *, tied: bool = False, moe: bool = False, **change
     return model
 
 
+def load_reference(folder: Path) -> torch.nn.Module:
+    """Loads a result, dense or sparse, with the reference in float32; no tensor may be missing or unexpected."""
+    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )
+    problems = {key: found for key, found in report.items() if found}
+    assert not problems, f"The reference does not load {folder} cleanly: {problems}"
+    return model.eval()
+
+
 def edit_json(file: Path, **changes) -> None:
     """Changes keys of a JSON object; None removes one."""
     values = {**json.loads(file.read_text()), **changes}

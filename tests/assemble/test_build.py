@@ -12,11 +12,11 @@ from flax import nnx
 import qwenvl_jax as qv
 from qwenvl_jax import cli
 from qwenvl_jax.assemble.build import assemble
+from qwenvl_jax.assemble.tower import VISION
 from qwenvl_jax.checkpoint import hf
 from qwenvl_jax.checkpoint.tensors import INDEX, TensorFiles
 from qwenvl_jax.train.metrics import read_metrics
-from tests.assemble.ingredients import write_qwen3
-from tests.parity.reference import load_checkpoint
+from tests.assemble.ingredients import load_reference, write_qwen3
 from tests.tiny import tiny_tokenizer
 from tests.train.tiny_run import write_tiny_run
 
@@ -28,7 +28,7 @@ def _weights(folder) -> dict[str, np.ndarray]:
 
 def test_the_reference_loads_it(assembled):
     """No tensor missing, unexpected or misshaped, and the settings that were carried over."""
-    model = load_checkpoint(assembled[0])
+    model = load_reference(assembled[0])
     assert model.config.text_config.rope_parameters["rope_theta"] == 30_000.0
     assert model.config.vision_config.deepstack_visual_indexes == [0, 1, 2]
     tokenizer = tiny_tokenizer()
@@ -40,7 +40,7 @@ def test_tied_in_several_files(ingredients, tmp_path):
     out = tmp_path / "model"
     assemble(ingredients["siglip2"][0], ingredients["tied"][0], out, max_shard_bytes=30_000)
     assert (out / INDEX).is_file() and len(list(out.glob("*.safetensors"))) > 3
-    model, source = load_checkpoint(out), ingredients["tied"][1]
+    model, source = load_reference(out), ingredients["tied"][1]
     assert {dtype for _, dtype, _ in TensorFiles(out).headers.values()} == {"BF16"}
     assert hf.HEAD not in TensorFiles(out).headers
     expected = source.model.embed_tokens.weight.to(torch.bfloat16).float()
@@ -97,7 +97,7 @@ def test_summary_counts_what_is_there(assembled):
     weights = _weights(folder)
     sizes = {"mergers": 0, "tower": 0, "decoder": 0}
     for name, value in weights.items():
-        part = "mergers" if "merger" in name else "tower" if name.startswith(hf.VISION) else "decoder"
+        part = "mergers" if "merger" in name else "tower" if name.startswith(VISION) else "decoder"
         sizes[part] += value.size
     assert summary.weights == sizes
     assert hf.parameter_count(summary.config) == (sum(sizes.values()), sizes["tower"] + sizes["mergers"])

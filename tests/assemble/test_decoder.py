@@ -13,16 +13,28 @@ from qwenvl_jax.checkpoint.tensors import TensorFiles
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.presets import preset
-from tests.assemble.ingredients import EXPERT_FFN, EXPERTS, LAYERS, H
-from tests.parity.reference import load_checkpoint, transformers
+from tests.assemble.ingredients import EXPERT_FFN, EXPERTS, LAYERS, H, load_reference, write_qwen3
 
 TEXT = [{"role": "user", "content": "when does the blue circle leave the picture, and what is left then?"}]
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied"])
+YARN = {"rope_type": "yarn", "rope_theta": 30_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+# (kind, settings): `square` experts are those whose axes cannot be told apart, gate_up's or down's.
+SOURCES = {
+    "untied": {},
+    "tied": {"tied": True},
+    "yarn": {"rope_parameters": YARN},
+    "moe": {"moe": True},
+    "square gate_up": {"moe": True, "moe_intermediate_size": H // 2},
+    "square down": {"moe": True, "moe_intermediate_size": H},
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
 def test_text_alone_has_the_language_model_s_logits(kind, ingredients, tmp_path):
     """Ours and the reference's reading of the result, both within 1e-4 of the source."""
-    folder, source = ingredients[kind]
+    folder = tmp_path / "text"
+    source = write_qwen3(folder, **SOURCES[kind])
     out = tmp_path / "model"
     assemble(ingredients["siglip2"][0], folder, out, dtype="float32", side=4)
     processor = Processor.from_pretrained(out)
@@ -30,7 +42,7 @@ def test_text_alone_has_the_language_model_s_logits(kind, ingredients, tmp_path)
     tokens = torch.from_numpy(np.asarray(batch.tokens)).long()
     with torch.no_grad():
         expected = source(input_ids=tokens).logits.numpy()
-        reference = load_checkpoint(out)(input_ids=tokens).logits.numpy()
+        reference = load_reference(out)(input_ids=tokens).logits.numpy()
     ours = np.asarray(QwenVL.from_pretrained(out, dtype="float32")(batch))
     assert np.abs(expected).max() > 0.5 and expected.shape[1] > 16
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
@@ -59,19 +71,6 @@ def test_experts_are_stacked_as_the_hub_has_them(sparse, ingredients):
             assert np.array_equal(down[e], one["down"].T)
 
 
-def test_the_reference_reads_experts_as_the_language_model_does(sparse, ingredients):
-    """No tensor missing or unexpected, and the same logits for text."""
-    model, report = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(
-        sparse, dtype=torch.float32, output_loading_info=True
-    )
-    assert not any(report.values()), report
-    tokens = torch.arange(40)[None]
-    with torch.no_grad():
-        expected = ingredients["moe"][1](input_ids=tokens).logits
-        got = model.eval()(input_ids=tokens).logits
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("head_dim", "section"), [(128, [24, 20, 20]), (64, [12, 10, 10]), (12, [4, 1, 1]), (16, [4, 2, 2])]
 )
@@ -95,7 +94,9 @@ def test_public_sizes_have_the_public_configs():
         }  # fmt: skip
 
     wanted = preset("qwen3_vl_4b")
-    values = hf_config.config_to_json(wanted, "bfloat16") | {"text_config": decoder.text_config(Folder())}
+    text = decoder.text_config(Folder())
+    tied = text.pop("tie_word_embeddings")
+    values = hf_config.config_to_json(wanted, "bfloat16") | {"text_config": text, "tie_word_embeddings": tied}
     found = hf_config.config_from_json(values).text
     rope = dataclasses.replace(wanted.text.rope, theta=1e6)
     assert found == dataclasses.replace(wanted.text, rope=rope, max_position_embeddings=40960)
