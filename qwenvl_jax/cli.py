@@ -105,6 +105,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_assemble(commands)
     _add_train(commands)
     _add_info(commands)
     _add_convert(commands)
@@ -136,6 +137,60 @@ def _demo(options: argparse.Namespace) -> int:
     from qwenvl_jax.demo.run import demo
 
     return demo(options.out, full=options.full, seed=options.seed)
+
+
+def _add_assemble(commands) -> None:
+    parser = commands.add_parser(
+        "assemble",
+        help="an untrained Qwen3-VL out of a SigLIP 2 and a Qwen3: where S0 begins",
+        description="Builds an untrained Qwen3-VL from its ingredients: the image tower of a SigLIP 2, a Qwen3 or "
+        "Qwen3-MoE\nwith its tokenizer, and fresh mergers between them. Writes the Hugging Face layout and prints what "
+        "came\nfrom where.",
+        epilog=f"""examples:
+  {PROG} assemble --vision google/siglip2-so400m-patch16-384 --text Qwen/Qwen3-8B-Base models/s0-8b
+  {PROG} train configs/demo/s0.py --model models/s0-8b --trainable mergers
+
+MODEL is a folder in the Hugging Face layout, or a hub id (owner/name).""",
+    )
+    parser.add_argument("out", metavar="DST", help="the folder to make")
+    parser.add_argument("--vision", metavar="MODEL", required=True, help="a SigLIP 2: whole, or its image tower alone")
+    parser.add_argument("--text", metavar="MODEL", required=True, help="a Qwen3 or Qwen3-MoE with its tokenizer")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the mergers; default: %(default)s")
+    parser.add_argument(
+        "--deepstack",
+        metavar="I,J,K",
+        type=_numbers,
+        help="tower blocks to tap, from 0; default: 5,11,17 of 24 and so on",
+    )
+    parser.add_argument(
+        "--positions", metavar="SIDE", type=int, default=48, help="side of the position table; default: %(default)s"
+    )
+    parser.set_defaults(work=_assemble)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them; none of an empty text."""
+    try:
+        return tuple(int(number) for number in text.split(",")) if text else ()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between, as 5,11,17") from error
+
+
+def _assemble(options: argparse.Namespace) -> int:
+    from qwenvl_jax.assemble.build import assemble
+
+    summary = assemble(
+        options.vision,
+        options.text,
+        options.out,
+        dtype=options.dtype,
+        seed=options.seed,
+        deepstack=options.deepstack,
+        side=options.positions,
+    )
+    print(summary)
+    return 0
 
 
 def _add_train(commands) -> None:
