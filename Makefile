@@ -22,10 +22,10 @@ demo: .venv/.installed
 	$(BIN)/qwenvl-jax demo
 
 test: .venv/.installed-test lint
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup
 
 check: .venv/.installed-test lint
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

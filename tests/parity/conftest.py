@@ -41,9 +41,14 @@ class Pair:
 
 
 def _shapes() -> list:
-    """Every shape; those of the longer suite marked."""
-    slow = reference.SLOW_SHAPES
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in reference.SHAPES]
+    """Every shape; those of the longer suite marked, and all tests of one shape for one worker, which makes it once."""
+    return [
+        pytest.param(
+            name,
+            marks=[pytest.mark.xdist_group(name), *([pytest.mark.slow] if name in reference.SLOW_SHAPES else [])],
+        )
+        for name in reference.SHAPES
+    ]
 
 
 @pytest.fixture(scope="session", params=_shapes(), ids=lambda name: name.replace(" ", "-"))
