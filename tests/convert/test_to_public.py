@@ -43,13 +43,18 @@ def _same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
 @pytest.mark.parametrize("half", [False, True])
 def test_there_and_back(shape, half, tmp_path):
     """A checkpoint that the reference wrote, through the native layout and back: every tensor is bit-equal, and the
-    reference loads it without a complaint."""
+    reference loads it without a complaint. Experts, which it writes in the order that it holds, come back in that of
+    the releases."""
     model = reference.write_checkpoint(tmp_path / "public", shape, max_shard_size="20KB")
     if half:
         model.bfloat16().save_pretrained(tmp_path / "public", max_shard_size="20KB")
     convert(tmp_path / "public", tmp_path / "native", verify=True)
     export(tmp_path / "native", tmp_path / "back", verify=True, max_shard_bytes=30_000)
-    assert _same(_stored(tmp_path / "public"), _stored(tmp_path / "back"))
+    before, after = (_stored(tmp_path / form) for form in ("public", "back"))
+    for name in [name for name in before if ".experts." in name]:
+        assert before[name].shape != after[name].shape
+        before[name] = before[name].swapaxes(1, 2)
+    assert _same(before, after)
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
         (tmp_path / "public" / "config.json").read_text()
     )
