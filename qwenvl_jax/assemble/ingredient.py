@@ -11,7 +11,8 @@ import numpy as np
 
 from qwenvl_jax.checkpoint import folder as folders
 from qwenvl_jax.checkpoint.hf_config import read_json
-from qwenvl_jax.checkpoint.tensors import DTYPES, TensorFiles
+from qwenvl_jax.checkpoint.source import FLOATS
+from qwenvl_jax.checkpoint.tensors import TensorFiles
 from qwenvl_jax.errors import CheckpointError
 
 _LISTED = 3  # names spelled out in an error for each kind of fault
@@ -68,7 +69,7 @@ class Ingredient:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor of that stored name."""
-        return self.files.read(name)
+        return self.files.headers[name].read()
 
     def match(self, wanted: Mapping[str, tuple[int, ...]], drop: Callable[[str], str | None]) -> list[Dropped]:
         """Checks that the files hold these tensors, and besides them only such as may be dropped.
@@ -85,10 +86,11 @@ class Ingredient:
         """
         groups: dict[str, list[int]] = {}
         unexpected, faulty = [], []
-        for name, (_, dtype, shape) in sorted(self.files.headers.items()):
+        for name, stored in sorted(self.files.headers.items()):
+            dtype, shape = stored.dtype, stored.shape
             if name in wanted:
-                if dtype not in DTYPES:
-                    faulty.append(f"{name} is {dtype}, not one of {'/'.join(DTYPES)}")
+                if dtype not in FLOATS:
+                    faulty.append(f"{name} is {dtype}, not one of {'/'.join(FLOATS)}")
                 elif shape != wanted[name]:
                     faulty.append(f"{name} is {list(shape)}, config.json asks for {list(wanted[name])}")
             elif (group := drop(name)) is not None:
