@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qwenvl_jax.checkpoint import folder as folders
-from qwenvl_jax.checkpoint.hf_config import read_json
+from qwenvl_jax.checkpoint.sections import read_json
 from qwenvl_jax.checkpoint.source import FLOATS
 from qwenvl_jax.checkpoint.tensors import TensorFiles
 from qwenvl_jax.errors import CheckpointError
@@ -87,14 +87,13 @@ class Ingredient:
         groups: dict[str, list[int]] = {}
         unexpected, faulty = [], []
         for name, stored in sorted(self.files.headers.items()):
-            dtype, shape = stored.dtype, stored.shape
             if name in wanted:
-                if dtype not in FLOATS:
-                    faulty.append(f"{name} is {dtype}, not one of {'/'.join(FLOATS)}")
-                elif shape != wanted[name]:
-                    faulty.append(f"{name} is {list(shape)}, config.json asks for {list(wanted[name])}")
+                if stored.dtype not in FLOATS:
+                    faulty.append(f"{name} is {stored.dtype}, not one of {'/'.join(FLOATS)}")
+                elif stored.shape != wanted[name]:
+                    faulty.append(f"{name} is {list(stored.shape)}, config.json asks for {list(wanted[name])}")
             elif (group := drop(name)) is not None:
-                groups.setdefault(group, []).append(math.prod(shape))
+                groups.setdefault(group, []).append(math.prod(stored.shape))
             else:
                 unexpected.append(name)
         missing = [name for name in wanted if name not in self.files.headers]
