@@ -41,9 +41,13 @@ class Pair:
 
 
 def _shapes() -> list:
-    """Every shape; those of the longer suite marked."""
-    slow = reference.SLOW_SHAPES
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in reference.SHAPES]
+    """Every shape, marked with its generation; those of the longer suite marked as such."""
+    params = []
+    for name, (model_type, *_) in reference.SHAPES.items():
+        marks = [pytest.mark.support(model_type=model_type, yarn=name.endswith("yarn"))]
+        marks += [pytest.mark.slow] if name in reference.SLOW_SHAPES else []
+        params.append(pytest.param(name, marks=marks))
+    return params
 
 
 @pytest.fixture(scope="session", params=_shapes(), ids=lambda name: name.replace(" ", "-"))
