@@ -23,10 +23,10 @@ demo: .venv/.installed
 	$(BIN)/qwenvl-jax demo
 
 test: .venv/.installed-test lint
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup
 
 check: .venv/.installed-test lint
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
@@ -35,7 +35,8 @@ lint: .venv/.installed-test
 
 # The slow tests are left out, as in `make test`. Failures are recorded too; the page says so.
 support: .venv/.installed-test
-	$(BIN)/python -m pytest -p tests.support --support-results docs/support.json -m "not slow" -n $(JOBS) || status=$$?; \
+	$(BIN)/python -m pytest -p tests.support --support-results docs/support.json -m "not slow" -n $(JOBS) \
+	  --dist loadgroup || status=$$?; \
 	$(BIN)/python -m tools.support; \
 	exit $${status:-0}
 

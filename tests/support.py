@@ -15,6 +15,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -96,13 +97,14 @@ class Recorder:
         cells = dict(report.user_properties).get(_PROPERTY)
         if not cells:
             return
-        self.cells[report.nodeid] = [tuple(cell) for cell in cells]
-        before = self.outcomes.get(report.nodeid)
+        nodeid = re.sub(r"@[^\]]*$", "", report.nodeid)  # xdist adds the group
+        self.cells[nodeid] = [tuple(cell) for cell in cells]
+        before = self.outcomes.get(nodeid)
         # Set up, called and torn down: a failure of any is one, and a skip is no success.
         if report.outcome != "passed":
-            self.outcomes[report.nodeid] = "failed" if "failed" in (before, report.outcome) else report.outcome
+            self.outcomes[nodeid] = "failed" if "failed" in (before, report.outcome) else report.outcome
         elif before is None:
-            self.outcomes[report.nodeid] = "passed"
+            self.outcomes[nodeid] = "passed"
 
     def pytest_sessionfinish(self):
         results = {model_type: {column: {} for column in COLUMNS} for model_type in MODEL_TYPES}

@@ -66,7 +66,7 @@ def test_what_marks_show():
 TESTS = """\
 import pytest
 
-@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.support(model_type="qwen3_vl"))])
+@pytest.fixture(params=[pytest.param(1, marks=[pytest.mark.support(model_type="qwen3_vl"), pytest.mark.xdist_group("a b")])])
 def number(request):
     return request.param
 
@@ -96,7 +96,7 @@ def test_no_evidence(number):
 """
 
 
-@pytest.mark.parametrize("processes", [(), ("-n", "2")])
+@pytest.mark.parametrize("processes", [(), ("-n", "2", "--dist", "loadgroup")])
 def test_results_are_recorded(tmp_path, processes):
     """In one process and in several, failures of any phase among them, evidence alone."""
     (tmp_path / "test_few.py").write_text(TESTS)

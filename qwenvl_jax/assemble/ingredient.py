@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from qwenvl_jax.checkpoint import folder as folders
-from qwenvl_jax.checkpoint.hf_config import read_json
-from qwenvl_jax.checkpoint.tensors import DTYPES, TensorFiles
+from qwenvl_jax.checkpoint.sections import read_json
+from qwenvl_jax.checkpoint.source import FLOATS
+from qwenvl_jax.checkpoint.tensors import TensorFiles
 from qwenvl_jax.errors import CheckpointError
 
 _LISTED = 3  # names spelled out in an error for each kind of fault
@@ -68,7 +69,7 @@ class Ingredient:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor of that stored name."""
-        return self.files.read(name)
+        return self.files.headers[name].read()
 
     def match(self, wanted: Mapping[str, tuple[int, ...]], drop: Callable[[str], str | None]) -> list[Dropped]:
         """Checks that the files hold these tensors, and besides them only such as may be dropped.
@@ -85,14 +86,14 @@ class Ingredient:
         """
         groups: dict[str, list[int]] = {}
         unexpected, faulty = [], []
-        for name, (_, dtype, shape) in sorted(self.files.headers.items()):
+        for name, stored in sorted(self.files.headers.items()):
             if name in wanted:
-                if dtype not in DTYPES:
-                    faulty.append(f"{name} is {dtype}, not one of {'/'.join(DTYPES)}")
-                elif shape != wanted[name]:
-                    faulty.append(f"{name} is {list(shape)}, config.json asks for {list(wanted[name])}")
+                if stored.dtype not in FLOATS:
+                    faulty.append(f"{name} is {stored.dtype}, not one of {'/'.join(FLOATS)}")
+                elif stored.shape != wanted[name]:
+                    faulty.append(f"{name} is {list(stored.shape)}, config.json asks for {list(wanted[name])}")
             elif (group := drop(name)) is not None:
-                groups.setdefault(group, []).append(math.prod(shape))
+                groups.setdefault(group, []).append(math.prod(stored.shape))
             else:
                 unexpected.append(name)
         missing = [name for name in wanted if name not in self.files.headers]

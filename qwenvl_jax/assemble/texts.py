@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from qwenvl_jax.checkpoint.hf_config import read_json
+from qwenvl_jax.checkpoint.sections import read_json
 from qwenvl_jax.errors import CheckpointError
 
 TOKENIZER = "tokenizer.json"

@@ -138,6 +138,7 @@ class NativeSource:
       config: of the model.
       table: `hf.tensor_table` of it.
       index: what `native/index.json` holds.
+      exchanged: the entries that the source had in the order of transformers 5; see `source.PublicSource`.
     """
 
     def __init__(self, folder: Path):
@@ -161,6 +162,7 @@ class NativeSource:
             raise CheckpointError(
                 f"{self._root / INDEX} tells of another layout than this version reads for config.json; {again}."
             )
+        self.exchanged = frozenset(self.index.get("exchanged", ()))
         self.files = layout(self.table)
         self._names = {(part.entry.path, part.layer): part.name for part in self.parts()}
         self._stored: dict[str, StoredTensor] = {}

@@ -182,6 +182,8 @@ class PublicSource:
       config: of the model.
       table: `hf.tensor_table` of it.
       quantization: how it is stored, or None.
+      exchanged: the entries, by their public names, that stand as [experts, out, in], the order of transformers 5, and
+        not as released.
     """
 
     def __init__(self, folder: Path):
@@ -197,6 +199,11 @@ class PublicSource:
         self.files = tensors.TensorFiles(folder)
         fp8.refuse_other_kinds(self.files.headers, folder)
         self._tensors = _Match(self.files.headers, self.config, self.table, folder, self.quantization).tensors
+        self.exchanged = frozenset(
+            entry.public
+            for entry in self.table
+            if entry.swapped and any(isinstance(self._tensors[name], Swapped) for name in entry.names())
+        )
         self._check_tied()
 
     def tensor(self, entry: hf.Entry, layer: int | None) -> Tensor:

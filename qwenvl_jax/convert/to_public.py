@@ -23,7 +23,8 @@ def export(
 ) -> Path:
     """Writes a model in the public layout: all of it or nothing.
 
-    Names are those of transformers 5. What is written stands under a hidden name beside `dst` until it is whole (and,
+    Names are those of transformers 5, and experts stand in the order that the source had them in, so that what was
+    converted comes back bit for bit. What is written stands under a hidden name beside `dst` until it is whole (and,
     if asked, verified); a killed export leaves that behind, and the next one to the same place removes it.
 
     Args:
@@ -61,16 +62,25 @@ def _named(entry: hf.Entry) -> Iterator[tuple[str, int | None]]:
     return zip(entry.names(), [None] if entry.layers is None else range(entry.layers), strict=True)
 
 
+def _is_exchanged(model, entry: hf.Entry) -> bool:
+    """Whether the tensors of an entry are written with their last two axes exchanged; see `hf.Entry.is_swapped`."""
+    return entry.public in model.exchanged or entry.is_swapped(entry.shape)
+
+
+def _shape(model, entry: hf.Entry) -> tuple[int, ...]:
+    return entry.swapped_shape if _is_exchanged(model, entry) else entry.shape
+
+
 def _write(model, names, sizes, making: Path, max_shard_bytes: int) -> None:
     shards = tensors.plan_shards(sizes, max_shard_bytes)
     files = tensors.shard_names(len(shards))
     with Progress("exporting", len(names), sum(sizes.values())) as progress, Streamer(progress) as streamer:
         for file, shard in zip(files, shards, strict=True):
-            specs = [(name, model.tensor(*names[name]).dtype, names[name][0].written_shape) for name in shard]
+            specs = [(name, model.tensor(*names[name]).dtype, _shape(model, names[name][0])) for name in shard]
             with Writer(making / file, specs, {"format": "pt"}) as writer:
                 for name in shard:
                     entry, layer = names[name]
-                    exchange = entry.is_swapped(entry.shape)  # see `written_shape`
+                    exchange = _is_exchanged(model, entry)
 
                     def write(start, rows, name=name, writer=writer, exchange=exchange):
                         rows = reorder.contiguous(rows.swapaxes(-1, -2)) if exchange else rows

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 from tests.parity.reference import transformers
 from tests.tiny import tiny_tokenizer
@@ -87,6 +89,11 @@ def write_qwen3(folder: Path, *, tied: bool = False, moe: bool = False, **change
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     return model
+
+
+def load_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder by its name, read by the format's own library."""
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 def load_reference(folder: Path) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from qwenvl_jax import cli
 from qwenvl_jax.assemble.build import assemble
-from qwenvl_jax.checkpoint.tensors import TensorFiles
+from qwenvl_jax.assemble.ingredient import Ingredient
 from qwenvl_jax.errors import CheckpointError
 from tests.assemble.ingredients import edit_json, write_qwen3
 from tests.tiny import tiny_tokenizer
@@ -207,7 +207,7 @@ def test_more_taps_than_layers(place, capsys):
 
 def test_a_failure_half_way_leaves_nothing(place, monkeypatch):
     """A source whose disk fails after some tensors were written; then a target whose disk is full."""
-    read, seen = TensorFiles.read, []
+    read, seen = Ingredient.read, []
 
     def failing(self, name):
         seen.append(name)
@@ -216,11 +216,11 @@ def test_a_failure_half_way_leaves_nothing(place, monkeypatch):
         return read(self, name)
 
     before = sorted(place.rglob("*"))
-    monkeypatch.setattr(TensorFiles, "read", failing)
+    monkeypatch.setattr(Ingredient, "read", failing)
     with pytest.raises(CheckpointError, match="the disk is gone"):
         assemble("vision", "text", "out", max_shard_bytes=10_000)
     assert sorted(place.rglob("*")) == before
-    monkeypatch.setattr(TensorFiles, "read", read)
+    monkeypatch.setattr(Ingredient, "read", read)
 
     def full(*_arguments, **_options):
         raise OSError(28, "No space left on device")

@@ -12,18 +12,14 @@ from flax import nnx
 import qwenvl_jax as qv
 from qwenvl_jax import cli
 from qwenvl_jax.assemble.build import assemble
+from qwenvl_jax.assemble.ingredient import Ingredient
 from qwenvl_jax.assemble.tower import VISION
 from qwenvl_jax.checkpoint import hf
-from qwenvl_jax.checkpoint.tensors import INDEX, TensorFiles
+from qwenvl_jax.checkpoint.tensors import INDEX
 from qwenvl_jax.train.metrics import read_metrics
-from tests.assemble.ingredients import load_reference, write_qwen3
+from tests.assemble.ingredients import load_reference, load_tensors, write_qwen3
 from tests.tiny import tiny_tokenizer
 from tests.train.tiny_run import write_tiny_run
-
-
-def _weights(folder) -> dict[str, np.ndarray]:
-    files = TensorFiles(folder)
-    return {name: files.read(name) for name in files.headers}
 
 
 def test_the_reference_loads_it(assembled):
@@ -41,8 +37,9 @@ def test_tied_in_several_files(ingredients, tmp_path):
     assemble(ingredients["siglip2"][0], ingredients["tied"][0], out, max_shard_bytes=30_000)
     assert (out / INDEX).is_file() and len(list(out.glob("*.safetensors"))) > 3
     model, source = load_reference(out), ingredients["tied"][1]
-    assert {dtype for _, dtype, _ in TensorFiles(out).headers.values()} == {"BF16"}
-    assert hf.HEAD not in TensorFiles(out).headers
+    weights = load_tensors(out)
+    assert {value.dtype.name for value in weights.values()} == {"bfloat16"}
+    assert hf.HEAD not in weights
     expected = source.model.embed_tokens.weight.to(torch.bfloat16).float()
     assert torch.equal(model.lm_head.weight, expected)
 
@@ -58,12 +55,12 @@ def test_ours_answers(assembled, clip):
 
 
 def test_every_source_tensor_is_taken_once_or_named(ingredients, tmp_path, monkeypatch):
-    reads, read = collections.Counter(), TensorFiles.read
-    monkeypatch.setattr(TensorFiles, "read", lambda self, name: reads.update([(self.folder, name)]) or read(self, name))
+    reads, read = collections.Counter(), Ingredient.read
+    monkeypatch.setattr(Ingredient, "read", lambda self, name: reads.update([(self.folder, name)]) or read(self, name))
     summary = assemble(ingredients["siglip"][0], ingredients["moe"][0], tmp_path / "model", side=4)
     assert set(reads.values()) == {1}
     for folder, groups in ((ingredients["siglip"][0], summary.dropped[0][1]), (ingredients["moe"][0], [])):
-        left = [name for name in TensorFiles(folder).headers if (folder, name) not in reads]
+        left = [name for name in load_tensors(folder) if (folder, name) not in reads]
         assert len(left) == sum(group.tensors for group in groups)
         assert all(any(name == g.name or name.startswith(f"{g.name}.") for g in groups) for name in left)
     names = {group.name for group in summary.dropped[0][1]}
@@ -73,7 +70,7 @@ def test_every_source_tensor_is_taken_once_or_named(ingredients, tmp_path, monke
 
 def test_mergers_begin_as_the_model_s_own(assembled, ingredients, tmp_path):
     """Zero biases, norms of one, weights of deviation 1 / sqrt(fan-in), all of them the seed's; nothing else is."""
-    weights = _weights(assembled[0])
+    weights = load_tensors(assembled[0])
     mergers = {name for name in weights if "merger" in name}
     assert len(mergers) == 6 * 4
     for name in mergers:
@@ -87,14 +84,14 @@ def test_mergers_begin_as_the_model_s_own(assembled, ingredients, tmp_path):
     for seed, equal in ((0, True), (1, False)):
         out = tmp_path / str(seed)
         assemble(ingredients["siglip"][0], ingredients["untied"][0], out, dtype="float32", side=7, seed=seed)
-        other = _weights(out)
+        other = load_tensors(out)
         different = {name for name in weights if not np.array_equal(weights[name], other[name])}
         assert different == (set() if equal else {name for name in mergers if weights[name].ndim == 2})
 
 
 def test_summary_counts_what_is_there(assembled):
     folder, summary = assembled
-    weights = _weights(folder)
+    weights = load_tensors(folder)
     sizes = {"mergers": 0, "tower": 0, "decoder": 0}
     for name, value in weights.items():
         part = "mergers" if "merger" in name else "tower" if name.startswith(VISION) else "decoder"

@@ -9,11 +9,10 @@ import torch
 from qwenvl_jax.assemble import decoder
 from qwenvl_jax.assemble.build import assemble
 from qwenvl_jax.checkpoint import hf_config
-from qwenvl_jax.checkpoint.tensors import TensorFiles
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.presets import preset
-from tests.assemble.ingredients import EXPERT_FFN, EXPERTS, LAYERS, H, load_reference, write_qwen3
+from tests.assemble.ingredients import EXPERT_FFN, EXPERTS, LAYERS, H, load_reference, load_tensors, write_qwen3
 
 TEXT = [{"role": "user", "content": "when does the blue circle leave the picture, and what is left then?"}]
 
@@ -57,15 +56,15 @@ def sparse(ingredients, tmp_path_factory):
 
 
 def test_experts_are_stacked_as_the_hub_has_them(sparse, ingredients):
-    source = TensorFiles(ingredients["moe"][0])
-    files = TensorFiles(sparse)
+    source = load_tensors(ingredients["moe"][0])
+    files = load_tensors(sparse)
     for i in range(LAYERS):
         ours, theirs = f"model.language_model.layers.{i}.mlp.", f"model.layers.{i}.mlp."
-        assert np.array_equal(files.read(f"{ours}gate.weight"), source.read(f"{theirs}gate.weight"))
-        gate_up, down = files.read(f"{ours}experts.gate_up_proj"), files.read(f"{ours}experts.down_proj")
+        assert np.array_equal(files[f"{ours}gate.weight"], source[f"{theirs}gate.weight"])
+        gate_up, down = files[f"{ours}experts.gate_up_proj"], files[f"{ours}experts.down_proj"]
         assert gate_up.shape == (EXPERTS, H, 2 * EXPERT_FFN) and down.shape == (EXPERTS, EXPERT_FFN, H)
         for e in range(EXPERTS):
-            one = {name: source.read(f"{theirs}experts.{e}.{name}_proj.weight") for name in ("gate", "up", "down")}
+            one = {name: source[f"{theirs}experts.{e}.{name}_proj.weight"] for name in ("gate", "up", "down")}
             assert np.array_equal(gate_up[e, :, :EXPERT_FFN], one["gate"].T)
             assert np.array_equal(gate_up[e, :, EXPERT_FFN:], one["up"].T)
             assert np.array_equal(down[e], one["down"].T)

@@ -8,8 +8,7 @@ import torch
 
 from qwenvl_jax.assemble import tower
 from qwenvl_jax.assemble.build import assemble
-from qwenvl_jax.checkpoint.tensors import TensorFiles
-from tests.assemble.ingredients import DEPTH, PATCH, SIDE, SIGLIP_KINDS, WIDTH, load_reference
+from tests.assemble.ingredients import DEPTH, PATCH, SIDE, SIGLIP_KINDS, WIDTH, load_reference, load_tensors
 from tests.parity.reference import transformers
 
 
@@ -94,7 +93,7 @@ def test_resized_positions(before, after):
 
 
 def test_resized_table_is_stored(assembled, ingredients):
-    stored = TensorFiles(assembled[0]).read("model.visual.pos_embed.weight")
+    stored = load_tensors(assembled[0])["model.visual.pos_embed.weight"]
     table = ingredients["siglip"][1].embeddings.position_embedding.weight.detach().numpy()
     assert stored.shape == (49, WIDTH)
     np.testing.assert_array_equal(stored, tower.resize_positions(table, 7))

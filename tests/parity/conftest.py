@@ -41,10 +41,10 @@ class Pair:
 
 
 def _shapes() -> list:
-    """Every shape, marked with its generation; those of the longer suite marked as such."""
+    """Every shape, marked with its generation, and for one worker, which makes it once; the longer suite's as such."""
     params = []
     for name, (model_type, *_) in reference.SHAPES.items():
-        marks = [pytest.mark.support(model_type=model_type, yarn=name.endswith("yarn"))]
+        marks = [pytest.mark.support(model_type=model_type, yarn=name.endswith("yarn")), pytest.mark.xdist_group(name)]
         marks += [pytest.mark.slow] if name in reference.SLOW_SHAPES else []
         params.append(pytest.param(name, marks=marks))
     return params
