@@ -66,7 +66,9 @@ def test_what_marks_show():
 TESTS = """\
 import pytest
 
-@pytest.fixture(params=[pytest.param(1, marks=[pytest.mark.support(model_type="qwen3_vl"), pytest.mark.xdist_group("a b")])])
+MARKS = [pytest.mark.support(model_type="qwen3_vl"), pytest.mark.xdist_group("a b")]
+
+@pytest.fixture(params=[pytest.param(1, marks=MARKS)])
 def number(request):
     return request.param
 
