@@ -2,6 +2,7 @@
 # make test    the fast suite, the linters and the floors
 # make check   the longer suite: everything in `make test`, and the slow tests
 # make lint    the linters and the floors alone
+# make support runs the tests that are evidence of what is supported; writes docs/support.json and docs/support.md
 # make format  rewrites the code in the project's style
 #
 # Needs Python 3.11 or newer and nothing else: everything is installed into .venv here. `make PYTHON=... test` chooses the
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test check lint format clean help
+.PHONY: demo test check lint support format clean help
 
 CANDIDATES := python3.11 python3.12 python3.13 python3 python
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -31,6 +32,13 @@ lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+# The slow tests are left out, as in `make test`. Failures are recorded too; the page says so.
+support: .venv/.installed-test
+	$(BIN)/python -m pytest -p tests.support --support-results docs/support.json -m "not slow" -n $(JOBS) \
+	  --dist loadgroup || status=$$?; \
+	$(BIN)/python -m tools.support; \
+	exit $${status:-0}
 
 format: .venv/.installed-test
 	$(BIN)/ruff check --fix .

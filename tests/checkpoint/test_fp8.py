@@ -13,6 +13,7 @@ from qwenvl_jax.checkpoint.safetensors_file import read_header
 from qwenvl_jax.checkpoint.source import PublicSource
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.models import pretrained
+from tests.checkpoint.shape import TINY_MOE, random_model
 
 CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [8, 16]}
 KERNELS = ("_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
@@ -94,6 +95,7 @@ def quantized(single):
     return single, expected
 
 
+@pytest.mark.support("FP8", model_type="qwen3_vl")
 def test_read_into_bfloat16(quantized, tmp_path):
     folder, expected = quantized
     model = pretrained.load(folder, dtype="bfloat16")
@@ -106,6 +108,28 @@ def test_read_into_bfloat16(quantized, tmp_path):
     for key, value in nnx.to_flat_state(nnx.state(wide, nnx.Param)):
         half = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))[key].get_value()
         assert np.array_equal(np.asarray(value.get_value()).astype(ml_dtypes.bfloat16), half)
+
+
+@pytest.mark.support("FP8", model_type="qwen3_vl_moe")
+def test_experts_read_into_bfloat16(tmp_path):
+    """Stacked as the releases have them, each with a table of scales; routers are not quantized."""
+    folder, expected = tmp_path / "quantized", {}
+    pretrained.save(random_model(TINY_MOE), folder)
+    stored = load_file(folder / "model.safetensors")
+    for name in [n for n in stored if ".layers." in n and n.endswith(("_proj", "_proj.weight"))]:
+        stacked = stored[name].reshape(-1, *stored[name].shape[-2:])
+        parts = [quantize(one, (8, 16)) for one in stacked]
+        lead = stored[name].shape[:-2]
+        codes, scales = (np.stack(side).reshape(*lead, *side[0].shape) for side in zip(*parts, strict=True))
+        expected[name] = np.stack([numbers(*one, (8, 16)) for one in parts]).reshape(stored[name].shape)
+        stored |= {name: codes, f"{name}_scale_inv": scales}
+    save_file(stored, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIG}))
+    assert len(expected) == TINY_MOE.text.num_hidden_layers * 6
+    pretrained.save(pretrained.load(folder, dtype="bfloat16"), tmp_path / "plain")
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    assert all(np.array_equal(plain[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(

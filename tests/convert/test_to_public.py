@@ -24,6 +24,7 @@ from tests.checkpoint.shape import GENERATIONS, TINY_MOE, random_model
 from tests.convert.conftest import contents
 from tests.convert.test_to_native import _start
 from tests.parity import reference
+from tests.support import generations
 
 
 def _stored(folder: Path) -> dict[str, np.ndarray]:
@@ -57,7 +58,8 @@ def test_there_and_back(shape, half, tmp_path):
     assert all((found[name] == tensor.float()).all() for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.support("loads", "exports")
+@pytest.mark.parametrize("generation", generations(GENERATIONS))
 def test_every_generation_there_and_back(generation, tmp_path):
     """Public, native, public: bit-equal; and the native form loads as the public one does."""
     pretrained.save(random_model(GENERATIONS[generation]), tmp_path / "public", max_shard_bytes=100_000)

@@ -41,14 +41,13 @@ class Pair:
 
 
 def _shapes() -> list:
-    """Every shape; those of the longer suite marked, and all tests of one shape for one worker, which makes it once."""
-    return [
-        pytest.param(
-            name,
-            marks=[pytest.mark.xdist_group(name), *([pytest.mark.slow] if name in reference.SLOW_SHAPES else [])],
-        )
-        for name in reference.SHAPES
-    ]
+    """Every shape, marked with its generation, and for one worker, which makes it once; the longer suite's as such."""
+    params = []
+    for name, (model_type, *_) in reference.SHAPES.items():
+        marks = [pytest.mark.support(model_type=model_type, yarn=name.endswith("yarn")), pytest.mark.xdist_group(name)]
+        marks += [pytest.mark.slow] if name in reference.SLOW_SHAPES else []
+        params.append(pytest.param(name, marks=marks))
+    return params
 
 
 @pytest.fixture(scope="session", params=_shapes(), ids=lambda name: name.replace(" ", "-"))

@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
 import torch
 
 from qwenvl_jax.models import pretrained
 from tests.parity import reference
+
+pytestmark = pytest.mark.support("exports")
 
 
 def test_reference_loads_an_export_bit_equal(pair, tmp_path):

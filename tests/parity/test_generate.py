@@ -5,6 +5,8 @@ import torch
 
 from qwenvl_jax.generate import end_token_ids, generate
 
+pytestmark = pytest.mark.support("exact")
+
 STEPS = 32
 
 

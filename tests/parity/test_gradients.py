@@ -9,6 +9,8 @@ from flax import nnx
 from qwenvl_jax.checkpoint import hf
 from qwenvl_jax.ops.losses import chunked_cross_entropy
 
+pytestmark = pytest.mark.support("exact")
+
 TOLERANCE = 1e-4  # of each tensor's largest absolute gradient
 
 

@@ -9,6 +9,8 @@ from flax import nnx
 from qwenvl_jax.data.collate import collate
 from tests.parity.conversations import CONVERSATIONS
 
+pytestmark = pytest.mark.support("exact")
+
 TOLERANCE = 1e-4
 
 

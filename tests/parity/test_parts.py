@@ -13,6 +13,8 @@ from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.ops.experts import route
 from qwenvl_jax.ops.rope import mrope_axes, mrope_cos_sin
 
+pytestmark = pytest.mark.support("exact")
+
 TOLERANCE = 1e-4
 
 

@@ -10,6 +10,8 @@ from tests.media import numbered_frames, write_clip
 from tests.parity.reference import transformers
 from tests.tiny import tiny_processor_folder
 
+pytestmark = pytest.mark.support("exact", model_type=("qwen3_vl", "qwen3_vl_moe"))  # they share it
+
 TICK = 1000  # the reference knows times as index / fps only: a fine grid lets it tell any
 RNG = np.random.default_rng(11)
 
