@@ -116,8 +116,15 @@ class Recorder:
             "date": datetime.date.today().isoformat(),
             "command": command,
             "machine": f"{platform.system()} {platform.machine()}, CPU",
-            "versions": {"python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in VERSIONS},
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
             "results": results,
         }
         self.config.getoption("--support-results").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _version(name: str) -> str:
+    """The installed version of a package; the reference's may not be there."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
