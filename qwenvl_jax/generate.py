@@ -224,12 +224,10 @@ class _Writer:
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
-        if self.emit is not None:
-            self._tell(final=False)
+        self._tell(final=False)
 
     def answer(self) -> Answer:
-        if self.emit is not None:
-            self._tell(final=True)
+        self._tell(final=True)
         return Answer(self.processor.decode(self.tokens), self.tokens)
 
     def _tell(self, final: bool) -> None:
@@ -237,6 +235,8 @@ class _Writer:
 
         The last piece is decoded together with the one before it, since tokens may join differently at a start.
         """
+        if self.emit is None:
+            return
         before = self.processor.decode(self.tokens[self.start : self.told])
         both = self.processor.decode(self.tokens[self.start :])
         if len(both) > len(before) and (final or not both.endswith("\ufffd")):
@@ -286,7 +286,16 @@ def chat(
         out.write(text)
         out.flush()
 
-    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stream": write}
-    (answer,) = generate(network, processor, [conversation], max_new_tokens, **settings)
+    (answer,) = generate(
+        network,
+        processor,
+        [conversation],
+        max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stream=write,
+    )
     out.write("\n")
     return answer

@@ -30,7 +30,7 @@ def info(name: str | Path) -> dict[str, Any]:
     """
     if str(name) in PRESETS:
         config = preset(str(name))
-        size = 2 * hf.parameter_count(config)[0]
+        size: int | None = 2 * hf.parameter_count(config)[0]
     else:
         folder = _folder(name)
         config, _ = read_config(folder)

@@ -10,6 +10,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # A name that looks like a hub id must fail at once, not after a wait for a hub that no test needs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import importlib.util
 import subprocess
 
 import jax
@@ -17,6 +18,39 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The reference runs on torch, which `make test` installs. A Python without it runs the rest and says what it left out:
+# folders in which everything needs the reference are not collected, tests marked `reference` are reported as skipped.
+REFERENCE_THERE = importlib.util.find_spec("torch") is not None
+NEED_REFERENCE = ["assemble", "parity"]
+collect_ignore = [] if REFERENCE_THERE else NEED_REFERENCE
+_ABSENT = "torch is not installed, so that nothing is compared with the reference"
+
+
+def _versions() -> str:
+    found = f"jax {jax.__version__}"
+    if REFERENCE_THERE:
+        return found
+    return f"{found}; {_ABSENT}: {' and '.join(f'tests/{name}' for name in NEED_REFERENCE)} are left out"
+
+
+def pytest_report_header() -> str:
+    """The version of JAX, and whether the reference is there."""
+    return _versions()
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Repeats at the end that the reference is absent."""
+    if not REFERENCE_THERE:
+        terminalreporter.write_line(_versions())
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Tests that compare with the reference report its absence."""
+    if not REFERENCE_THERE:
+        for item in items:
+            if item.get_closest_marker("reference"):
+                item.add_marker(pytest.mark.skip(reason=_ABSENT))
 
 
 @pytest.fixture

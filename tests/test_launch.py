@@ -1,6 +1,7 @@
 """`launch/local.sh` starts a run again when a restart can help, and only then."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -28,7 +29,14 @@ def _launch(folder: Path, ends: str, restarts: int) -> tuple[int, list[str]]:
         "RESTARTS": str(restarts),
         "PAUSE_SECONDS": "0",
     }
-    result = subprocess.run([SCRIPT, "c.py", "--out", "a b"], env=environment, capture_output=True, timeout=60)
+    result = subprocess.run(
+        [SCRIPT, "c.py", "--out", "a b"],
+        env=environment,
+        capture_output=True,
+        timeout=60,
+        # A shell cannot trap what was ignored when it began, as Ctrl-C is in a process that was put in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     return result.returncode, (folder / "lives").read_text().splitlines()
 
 

@@ -5,7 +5,7 @@
 
 For each number of layers a checkpoint of a preset's shapes is written, in bfloat16, of random bytes, the command is run
 on it as a process of its own, and the checkpoint and its conversion are removed. Peak memory is the process's largest
-resident set as the kernel counted it (`ru_maxrss`); the file cache is no part of it, for the converter maps no file.
+resident set as the kernel counted it (`VmHWM`); the file cache is no part of it, for the converter maps no file.
 The rate is the checkpoint's bytes over the time from the start of the process to its end, imports, checks and the wait
 for the disk included; beside it stands the time that the process had a CPU for, of all its threads.
 
@@ -37,6 +37,15 @@ from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.presets import preset
 
 _BLOCK = 32 << 20
+# The command, which tells its peak memory as its last word. What `wait4` tells of a process counts what its parent held
+# when it was forked.
+_CHILD = """
+import re, sys
+from qwenvl_jax.cli import main
+status = main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+sys.exit(status)
+"""
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1  # of fallocate(2)
 
 
@@ -102,7 +111,7 @@ def _fill(writer: Writer, name: str, shape: tuple[int, ...], noise: np.ndarray) 
 
 def _convert(folder: Path, processes: int, discard: bool) -> tuple[float, float, int]:
     """Runs the command; returns its seconds, those on a CPU, and the bytes of its largest resident set."""
-    command = [sys.executable, "-m", "qwenvl_jax", "convert", str(folder / "public"), str(folder / "native")]
+    command = [sys.executable, "-c", _CHILD, "convert", str(folder / "public"), str(folder / "native")]
     command += ["--processes", str(processes)]
     stop = threading.Event()
     watcher = threading.Thread(target=_discard, args=(folder / "native" / native.FOLDER, stop))
@@ -110,7 +119,8 @@ def _convert(folder: Path, processes: int, discard: bool) -> tuple[float, float,
         watcher.start()
     start = time.perf_counter()
     try:
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        told = child.stdout.read()
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
     finally:
@@ -120,7 +130,7 @@ def _convert(folder: Path, processes: int, discard: bool) -> tuple[float, float,
         watcher.join()
     if child.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {child.returncode}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return seconds, usage.ru_utime + usage.ru_stime, int(told.split()[-1]) * 1024
 
 
 def _discard(folder: Path, stop: threading.Event) -> None:

@@ -7,6 +7,7 @@ wrong with the sources is found in their headers, before anything is written.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shlex
@@ -192,7 +193,7 @@ def merger_pieces(config: QwenVLConfig, seed: int) -> list[Piece]:
             continue
         for layer, name in enumerate(entry.names()):
             value = values[entry.path] if entry.layers is None else values[entry.path][layer]
-            pieces.append(Piece(name, entry.shape, lambda entry=entry, value=value: entry.to_public(value)))
+            pieces.append(Piece(name, entry.shape, functools.partial(entry.to_public, value)))
     return pieces
 
 

@@ -121,14 +121,15 @@ def _stacked(
     wanted |= {one: (outputs // len(parts), inputs) for expert in names for one in expert}
 
     def make() -> np.ndarray:
-        whole = None
-        for e, expert in enumerate(names):
-            one = np.concatenate([source.read(part) for part in expert])
-            if not entry.is_swapped(entry.shape):
-                one = one.T
-            if whole is None:
-                whole = np.empty((count, *one.shape), one.dtype)
-            whole[e] = one
+        def one(expert: list[str]) -> np.ndarray:
+            joined = np.concatenate([source.read(part) for part in expert])
+            return joined if entry.is_swapped(entry.shape) else joined.T
+
+        first = one(names[0])
+        whole = np.empty((count, *first.shape), first.dtype)
+        whole[0] = first
+        for e, expert in enumerate(names[1:], 1):
+            whole[e] = one(expert)
         return whole
 
     return Piece(name, entry.shape, make)

@@ -56,14 +56,15 @@ def read_marks(folder: Path, vocab_size: int) -> Marks:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for every failure
         raise CheckpointError(f"{path} cannot be read as a tokenizer ({error}); copy it again.") from error
-    ids = {token: tokenizer.token_to_id(token) for token in (*_VISION.values(), _TURN_START, _TURN_END, _PAD)}
-    missing = [token for token, found in ids.items() if found is None]
+    marks = (*_VISION.values(), _TURN_START, _TURN_END, _PAD)
+    ids = {token: found for token in marks if (found := tokenizer.token_to_id(token)) is not None}
+    missing = [token for token in marks if token not in ids]
     if missing:
         raise CheckpointError(
             f"{path} has no {', '.join(missing)}; give --text a Qwen3 whose vocabulary holds the marks of vision, as "
             "the public ones do."
         )
-    highest = max(ids, key=ids.get)
+    highest = max(ids, key=ids.__getitem__)
     if ids[highest] >= vocab_size:
         raise CheckpointError(
             f"{path}: {highest} is {ids[highest]}, but config.json has vocab_size={vocab_size}; take both files from "

@@ -70,9 +70,10 @@ def read_tower(source: Ingredient) -> Tower:
     """
     model_type, values, where = source.config.get("model_type"), source.config, source.where
     if model_type in _WHOLE:
-        values = source.config.get("vision_config")
-        if not isinstance(values, dict):
+        section = source.config.get("vision_config")
+        if not isinstance(section, dict):
             raise CheckpointError(f"{where}: vision_config is missing; fetch the file again.")
+        values = section
     elif model_type not in _ALONE:
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is no SigLIP 2 tower ({', '.join([*_WHOLE, *_ALONE])}); give --vision "
@@ -221,11 +222,12 @@ def tower_pieces(source: Ingredient, tower: Tower, side: int) -> tuple[list[Piec
         for kind, shape in (("weight", (D,)), ("bias", (D,))):
             pieces.append(same(f"{ours}norm1.{kind}", f"{theirs}layer_norm1.{kind}", *shape))
             pieces.append(same(f"{ours}norm2.{kind}", f"{theirs}layer_norm2.{kind}", *shape))
-        for kind, shape in (("weight", (D, D)), ("bias", (D,))):
-            parts = [take(f"{theirs}self_attn.{name}_proj.{kind}", *shape) for name in "qkv"]
+        square: tuple[tuple[str, tuple[int, ...]], ...] = (("weight", (D, D)), ("bias", (D,)))
+        for kind, sizes in square:
+            parts = [take(f"{theirs}self_attn.{name}_proj.{kind}", *sizes) for name in "qkv"]
             joined = functools.partial(_joined, parts)
-            pieces.append(Piece(f"{VISION}{ours}attn.qkv.{kind}", (3 * D, *shape[1:]), joined))
-            pieces.append(same(f"{ours}attn.proj.{kind}", f"{theirs}self_attn.out_proj.{kind}", *shape))
+            pieces.append(Piece(f"{VISION}{ours}attn.qkv.{kind}", (3 * D, *sizes[1:]), joined))
+            pieces.append(same(f"{ours}attn.proj.{kind}", f"{theirs}self_attn.out_proj.{kind}", *sizes))
         for kind, up, down in (("weight", (F, D), (D, F)), ("bias", (F,), (D,))):
             pieces.append(same(f"{ours}mlp.linear_fc1.{kind}", f"{theirs}mlp.fc1.{kind}", *up))
             pieces.append(same(f"{ours}mlp.linear_fc2.{kind}", f"{theirs}mlp.fc2.{kind}", *down))

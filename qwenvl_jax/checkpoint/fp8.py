@@ -65,8 +65,7 @@ def read_quantization(values: Mapping[str, Any], where: str = "config.json") -> 
     if method != "fp8":
         raise CheckpointError(f"{where}: weights quantized by {method.upper()} are not read; {_REMEDY}.")
     block = section.get("weight_block_size")
-    whole = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
-    if not whole:
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
         raise _only(where, "weight_block_size", "two counts such as [128, 128]", block)
     if section.get("fmt", "e4m3") != "e4m3":
         raise _only(where, "fmt", "e4m3", section["fmt"])
@@ -78,7 +77,7 @@ def read_quantization(values: Mapping[str, Any], where: str = "config.json") -> 
             f"{where}: quantization_config.{odd[0]} is not a key that is known here; {_REMEDY}, or remove it if it "
             "does not change what the weights mean."
         )
-    return Fp8(tuple(block))
+    return Fp8((block[0], block[1]))
 
 
 def _only(where: str, key: str, expected: str, got: Any) -> CheckpointError:

@@ -169,7 +169,7 @@ def _vision_entries(config: QwenVLConfig) -> Iterable[Entry]:
         yield from _linear_and_bias(f"{block}mlp.{fc1}", f"{path}mlp.fc1", (F,), (D,), Y)
         yield from _linear_and_bias(f"{block}mlp.{fc2}", f"{path}mlp.fc2", (D,), (F,), Y)
     wide, out, taps = v.spatial_merge_size**2 * D, v.out_hidden_size, len(v.deepstack_visual_indexes)
-    mergers = [(f"{VISION}merger.", "merger.", D, None)]
+    mergers: list[tuple[str, str, int, int | None]] = [(f"{VISION}merger.", "merger.", D, None)]
     if taps:
         mergers.append((f"{VISION}deepstack_merger_list.{{}}.", "deepstack.", wide, taps))
     norm, fc1, fc2 = _MERGER_NAMES.get(config.model_type, ("norm", "linear_fc1", "linear_fc2"))
@@ -186,10 +186,10 @@ def _text_entries(config: QwenVLConfig) -> Iterable[Entry]:
     yield _same(prefixes.embedding, "text.embed.table", V, H)
     layer, path = f"{prefixes.text}layers.{{}}.", "text.layers."
     yield _same(f"{layer}input_layernorm.weight", f"{path}input_norm.scale", H, layers=Y)
-    for name, out in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-        yield _linear(f"{layer}self_attn.{name}_proj.weight", f"{path}attn.{name}.kernel", out, (H,), Y)
+    for name, outputs in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        yield _linear(f"{layer}self_attn.{name}_proj.weight", f"{path}attn.{name}.kernel", outputs, (H,), Y)
         if t.attention_bias:
-            yield _bias(f"{layer}self_attn.{name}_proj.bias", f"{path}attn.{name}.bias", out, Y)
+            yield _bias(f"{layer}self_attn.{name}_proj.bias", f"{path}attn.{name}.bias", outputs, Y)
     yield _linear(f"{layer}self_attn.o_proj.weight", f"{path}attn.o.kernel", (H,), heads, Y)
     for name in ("q_norm", "k_norm") if t.qk_norm else ():
         yield _same(f"{layer}self_attn.{name}.weight", f"{path}attn.{name}.scale", E, layers=Y)

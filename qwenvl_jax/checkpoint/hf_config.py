@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwenvl_jax.checkpoint.sections import Section, is_int, read_json
 from qwenvl_jax.config import MoeConfig, QwenVLConfig, RopeConfig, TextConfig, VisionConfig, YarnConfig
@@ -32,11 +32,11 @@ class _Generation:
     architecture: str
     older: bool = False
     mrope_section: tuple[int, int, int] = (24, 20, 20)
-    norm: str = "layer_norm"
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     gated_mlp: bool = False
 
 
-_OLDER = {"older": True, "mrope_section": (16, 24, 24)}
+_OLDER: dict[str, Any] = {"older": True, "mrope_section": (16, 24, 24)}
 _GENERATIONS = {
     "qwen2_vl": _Generation("Qwen2VLForConditionalGeneration", **_OLDER),
     "qwen2_5_vl": _Generation("Qwen2_5_VLForConditionalGeneration", norm="rms_norm", gated_mlp=True, **_OLDER),
@@ -202,7 +202,7 @@ def _rope(section: "Section", head_dim: int, generation: _Generation, context: i
     """
     outer = section.get("rope_theta", float, 1e6 if generation.older else None)
     original = section.get("original_max_position_embeddings", int, None)
-    merged = {}
+    merged: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         for name, value in section.get(key, dict, {}).items():
             if merged.setdefault(name, value) != value:
@@ -221,7 +221,7 @@ def _rope(section: "Section", head_dim: int, generation: _Generation, context: i
     if original is not None and yarn is None:
         raise section.error("original_max_position_embeddings", "absent where rope_type is not yarn", original)
     # The reference interleaves by generation, whatever this key says.
-    only = {"mrope_interleaved": (None, not generation.older)}
+    only: dict[str, tuple] = {"mrope_interleaved": (None, not generation.older)}
     if yarn is None:
         only["attention_factor"] = (None, 1)
     rope.finish(_ONLY_ROPE | only)
@@ -279,9 +279,9 @@ def _vision(section: "Section", model_type: str) -> VisionConfig:
     Section(section.get("rope_parameters", dict, {}), section.where, f"{section.name}rope_parameters.").finish(
         _ONLY_VISION_ROPE
     )
+    sizes: dict[str, Any] = {"num_position_embeddings": 0} | numbers | lists
     return VisionConfig(
-        **{"num_position_embeddings": 0} | numbers,
-        **lists,
+        **sizes,
         hidden_act=act,
         norm=generation.norm,
         gated_mlp=generation.gated_mlp,
@@ -304,7 +304,7 @@ def _vision_numbers(section: "Section", model_type: str) -> dict[str, int]:
     return numbers
 
 
-_QWEN3_SIZES = {
+_QWEN3_SIZES: dict[str, tuple[int, ...]] = {
     "depth": (),
     "hidden_size": (),
     "intermediate_size": (),
@@ -313,7 +313,7 @@ _QWEN3_SIZES = {
     "num_position_embeddings": (2304,),
 }
 # Keys of vision_config that hold sizes, each with its default where the reference has one that files rely on.
-_VISION_SIZES = {
+_VISION_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "qwen2_vl": {
         "depth": (32,),
         "embed_dim": (1280,),
@@ -414,6 +414,8 @@ def _vision_to_json(config: QwenVLConfig) -> dict[str, Any]:
     del vision["num_position_embeddings"]
     if model_type == "qwen2_5_vl":
         seconds = config.tokens_per_second
+        if seconds is None:
+            raise CheckpointError("tokens_per_second is not set, which a Qwen2.5-VL needs; the public models have 2.")
         return vision | {
             "window_size": v.window_size,
             "fullatt_block_indexes": list(v.fullatt_block_indexes),

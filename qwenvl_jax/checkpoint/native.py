@@ -79,7 +79,7 @@ def layer_shape(entry: hf.Entry) -> tuple[int, ...]:
 def layout(table: tuple[hf.Entry, ...]) -> tuple[NativeFile, ...]:
     """The files of a model, in the order of the computation."""
     files: dict[str, list[Part]] = {}
-    stacks = {}
+    stacks: dict[str, list[hf.Entry]] = {}
     for stem, entries in itertools.groupby((e for e in table if e.layers is not None), key=_stem):
         stacks.setdefault(stem, []).extend(entries)
     prefixes = {stem: _common_prefix([entry.path for entry in entries]) for stem, entries in stacks.items()}

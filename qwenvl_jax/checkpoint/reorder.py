@@ -48,15 +48,16 @@ def _copy(to: np.ndarray, array: np.ndarray) -> None:
 def _joined(to: np.ndarray, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same two arrays with neighbouring axes made one wherever they are one in memory, in both."""
     shape: list[int] = []
-    strides: list[tuple[int, int]] = []
+    strides: list[list[int]] = []
     for size, *steps in zip(to.shape, to.strides, array.strides, strict=True):
         if size == 1:
             continue
         if shape and all(last == step * size for last, step in zip(strides[-1], steps, strict=True)):
             shape[-1] *= size
-            strides[-1] = tuple(steps)
+            strides[-1] = steps
         else:
             shape.append(size)
-            strides.append(tuple(steps))
+            strides.append(steps)
     view = np.lib.stride_tricks.as_strided
-    return tuple(view(one, shape, [step[i] for step in strides]) for i, one in enumerate((to, array)))  # pyright: ignore
+    to_strides, array_strides = [step[0] for step in strides], [step[1] for step in strides]
+    return view(to, shape, to_strides), view(array, shape, array_strides)  # pyright: ignore

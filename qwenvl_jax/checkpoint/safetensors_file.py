@@ -75,10 +75,11 @@ class StoredTensor:
           CheckpointError: the file is gone, unreadable or has become shorter.
         """
         dtype = DTYPES[self.dtype]
+        shape = self.shape or (1,)
         if not self.shape:
-            start, stop, axis, shape = 0, 1, 0, (1,)
-        else:
-            stop, shape = self.shape[axis] if stop is None else stop, self.shape
+            start, stop, axis = 0, 1, 0
+        elif stop is None:
+            stop = shape[axis]
         out = np.empty((*shape[:axis], stop - start, *shape[axis + 1 :]), dtype)
         try:
             fd = os.open(self.path, os.O_RDONLY)
@@ -109,7 +110,7 @@ def damaged(path: Path, reason: object) -> CheckpointError:
 
 def read_at(fd: int, out: np.ndarray, offset: int) -> None:
     """Fills a C-contiguous array with the bytes of a file from `offset` on; EOFError where the file ends before."""
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     while view:
         count = os.preadv(fd, [view[:_ONE_CALL]], offset)
         if not count:
@@ -119,7 +120,7 @@ def read_at(fd: int, out: np.ndarray, offset: int) -> None:
 
 def write_at(fd: int, data: np.ndarray | bytes, offset: int) -> None:
     """Writes the bytes of a C-contiguous array into a file at `offset`."""
-    view = memoryview(data if isinstance(data, bytes) else data.reshape(-1).view(np.uint8))
+    view = memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data
     while view:
         count = os.pwrite(fd, view[:_ONE_CALL], offset)
         view, offset = view[count:], offset + count
@@ -228,6 +229,7 @@ class Writer:
             self._places[name] = StoredTensor(path, name, NAMES[dtype], shape, offset)
             offset += self._places[name].nbytes
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._open = True
         try:
             os.ftruncate(self._fd, offset)
             write_at(self._fd, header, 0)
@@ -257,9 +259,9 @@ class Writer:
 
     def close(self) -> None:
         """Lets go of the file, finished or not."""
-        if self._fd is not None:
+        if self._open:
+            self._open = False
             os.close(self._fd)
-            self._fd = None
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
         header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}

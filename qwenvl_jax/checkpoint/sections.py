@@ -52,7 +52,8 @@ class Section:
     """An object of the file whose keys are ticked off as they are read, so that the rest can be judged at the end."""
 
     def __init__(self, values: Mapping[str, Any], where: str, name: str):
-        self.values, self.where, self.name, self.read = values, where, name, set()
+        self.values, self.where, self.name = values, where, name
+        self.read: set[str] = set()
 
     def get(self, key: str, kind: type, *default):
         """The value of a key as a `kind`; without a default it must be there. null counts as absent."""

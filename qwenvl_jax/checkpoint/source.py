@@ -33,8 +33,11 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 class Tensor(Protocol):
     """A tensor of the table in its public form; `dtype` is that of the numbers it gives."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """[stop - start, *shape[1:]], in C order."""
@@ -48,11 +51,11 @@ class Plain:
     stored: StoredTensor
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self.stored.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         return DTYPES[self.stored.dtype]
 
     def rows(self, start, stop):
@@ -220,10 +223,10 @@ class PublicSource:
         entry = next((entry for entry in self.table if entry.public == name), None)
         if not self.config.text.tie_word_embeddings or head is None or entry is None:
             return
-        embedding, head = self._tensors[name], Plain(head)
-        same = head.shape == embedding.shape and head.dtype == embedding.dtype
+        embedding, own = self._tensors[name], Plain(head)
+        same = own.shape == embedding.shape and own.dtype == embedding.dtype
         for start, stop in spans(entry, embedding.dtype.itemsize) if same else ():
-            same = same and np.array_equal(head.rows(start, stop), embedding.rows(start, stop))
+            same = same and np.array_equal(own.rows(start, stop), embedding.rows(start, stop))
         if not same:
             raise CheckpointError(
                 f"{self.folder}: config.json says tie_word_embeddings, but {hf.HEAD} differs from {name}; "
@@ -258,7 +261,10 @@ class _Match:
         self._faulty: list[str] = []
         unexpected = self._by_current_name(headers, config)
         names = [(name, entry) for entry in table for name in entry.names()]
-        self.tensors = {name: self._resolve(name, entry) for name, entry in names}
+        resolved = {name: self._resolve(name, entry) for name, entry in names}
+        self.tensors = {
+            name: tensor for name, tensor in resolved.items() if tensor is not None
+        }  # all, or an error below
         unexpected += [stored.name for stored in self._found.values()]
         known = [name for name, _ in names]
         hinted = [_hinted(name, known, config.model_type) for name in sorted(unexpected)[: tensors.LISTED]]
@@ -295,13 +301,14 @@ class _Match:
             return self._whole(name, entry)
         stem, _, last = name.rpartition(".")
         parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last)
-        if not stem.endswith(".experts") or f"{stem}.0.{parts[0]}.weight" not in self._found:
+        if parts is None or not stem.endswith(".experts") or f"{stem}.0.{parts[0]}.weight" not in self._found:
             self._missing.append(name)
             return None
         experts, inputs, outputs = entry.shape
         shape = (outputs // len(parts), inputs)
         found = [[self._one(f"{stem}.{e}.{part}.weight", (shape,)) for part in parts] for e in range(experts)]
-        return PerExpert(tuple(map(tuple, found)))
+        # One that is missing or faulty is an error in the end.
+        return PerExpert(tuple(tuple(part for part in expert if part is not None) for expert in found))
 
     def _whole(self, name: str, entry: hf.Entry) -> Tensor | None:
         exchanged = entry.is_swapped(self._found[name].shape)
@@ -334,8 +341,10 @@ class _Match:
             )
         return Quantized(stored, scale, kind)
 
-    def _fault(self, text: str) -> None:
+    def _fault(self, text: str) -> Plain | Quantized | None:
+        """Notes what is wrong with a tensor, which is then not there."""
         self._faulty.append(text)
+        return None
 
 
 def _hinted(name: str, known: Sequence[str], model_type: str) -> str:

@@ -169,7 +169,8 @@ def write(
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
     """Divides tensors, in order, among shards of at most `max_shard_bytes`; a larger tensor has one to itself."""
-    shards, filled = [[]], 0
+    shards: list[list[str]] = [[]]
+    filled = 0
     for name, size in sizes.items():
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])

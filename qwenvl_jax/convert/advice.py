@@ -60,7 +60,7 @@ def advice(folder: Path) -> str:
     dialect = "official"
     if (folder / DIALECT_FILE).is_file():
         dialect = read_json(folder / DIALECT_FILE).get("dialect", dialect)
-    difference = _DIFFERENCES.get(read_json(folder / "config.json").get("model_type"), {}).get(dialect)
+    difference = _DIFFERENCES.get(str(read_json(folder / "config.json").get("model_type")), {}).get(dialect)
     if difference is None:
         raise CheckpointError(f"{folder / DIALECT_FILE} has dialect {dialect!r}; it must be official or transformers.")
     lines.append(f"Its dialect is {dialect}. With videos, {difference}")

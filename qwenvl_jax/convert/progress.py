@@ -2,7 +2,10 @@
 
 import sys
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SECONDS_BETWEEN_DRAWINGS = 0.25
@@ -22,7 +25,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._tensors = self._bytes = self._moved = 0
         self._began = self._shown = time.monotonic()
-        self._bar = None
+        self._bar: Bar | None = None
 
     def __enter__(self) -> "Progress":
         if self._stream.isatty():
@@ -31,9 +34,9 @@ class Progress:
             from rich.progress import Progress as Bar
 
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
-            self._bar = Bar(*columns, console=Console(file=self._stream), auto_refresh=False, transient=True)
-            self._task = self._bar.add_task(self._doing, total=self._size, figures="")
-            self._bar.start()
+            bar = self._bar = Bar(*columns, console=Console(file=self._stream), auto_refresh=False, transient=True)
+            self._task = bar.add_task(self._doing, total=self._size, figures="")
+            bar.start()
         return self
 
     def __exit__(self, *_) -> None:

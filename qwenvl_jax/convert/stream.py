@@ -50,7 +50,7 @@ class Streamer:
             rows = reading.result()
             if i + 1 < len(cuts):
                 reading = self._threads.submit(tensor.rows, *cuts[i + 1])
-            hashing = self._threads.submit(digest.update, rows.reshape(-1).view(np.uint8))
+            hashing = self._threads.submit(digest.update, rows.reshape(-1).view(np.uint8).data)
             if write is not None:
                 write(start, rows)
             hashing.result()

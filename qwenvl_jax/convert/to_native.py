@@ -228,7 +228,7 @@ class Conversion:
             for name, tensor in stored.items():
                 place = {"file": file.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
                 found[name] = {**place, "sha256": digests[name]}
-        about = {"format": native.FORMAT, "plan": self._plan, "table": self._table}
+        about: dict[str, Any] = {"format": native.FORMAT, "plan": self._plan, "table": self._table}
         about["exchanged"] = sorted(self._source.exchanged)
         return {**about, "source": str(self._source.folder), "bytes": self.size, "files": files, "tensors": found}
 

@@ -219,8 +219,9 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._as_text = Tokenizer.from_str(tokenizer.to_str())
         self._as_text.encode_special_tokens = True
-        added = tokenizer.get_added_tokens_decoder().values()
-        special = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = {token.content: number for number, token in added.items() if token.special}
+        special = sorted(self._special_ids, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def __reduce__(self):
@@ -248,13 +249,15 @@ class TextEncoder:
         """Tokens of a rendered text. Special tokens are themselves, those with a guard inside are plain text."""
         if guard not in text:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-            starts = np.asarray([start for start, _ in encoding.offsets], np.int64)
-            return Encoded(np.asarray(encoding.ids, np.int32), starts)
-        ids, starts, place = [], [], 0
+            begins = np.asarray([start for start, _ in encoding.offsets], np.int64)
+            return Encoded(np.asarray(encoding.ids, np.int32), begins)
+        ids: list[int] = []
+        starts: list[int] = []
+        place = 0
         pieces = re.split(f"({self._special.pattern})", text)  # plain text at even places, special tokens at odd ones
         for k, piece in enumerate(pieces):
             if k % 2:
-                ids.append(self._tokenizer.token_to_id(piece))
+                ids.append(self._special_ids[piece])
                 starts.append(place)
             elif piece:
                 # Offsets are counted in the piece without guards, then moved past the guards that stood before them.

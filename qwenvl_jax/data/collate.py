@@ -52,7 +52,7 @@ def place_frames(lengths: Sequence[int], shape: Sequence[tuple[int, int]]) -> li
     free = [[length] * rows for rows, length in shape]
     numbers = [[0] * rows for rows, _ in shape]
     buckets = sorted(range(len(shape)), key=lambda b: shape[b][1])
-    places: list[Place | None] = [None] * len(lengths)
+    places: dict[int, Place] = {}
     for f in sorted(range(len(lengths)), key=lambda f: -lengths[f]):  # stable: equal frames keep reading order
         for b in buckets:
             fitting = [r for r, left in enumerate(free[b]) if left >= lengths[f]]
@@ -65,7 +65,7 @@ def place_frames(lengths: Sequence[int], shape: Sequence[tuple[int, int]]) -> li
                 break
         else:
             return None
-    return places
+    return [places[f] for f in range(len(lengths))]
 
 
 def choose_vision_shape(lengths_by_group: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
@@ -134,15 +134,20 @@ def collate(
     lengths = [[len(frame.patches) for frame in frames] for frames in frames_by_group]
     shape = choose_vision_shape(lengths) if vision_shape is None else tuple(vision_shape)
     _check_shape(shape, merge_size)
-    places = [place_frames(one, shape) for one in lengths]
-    for g, one in enumerate(places):
-        if one is None:
+    places: list[list[Place]] = []
+    for g, one in enumerate(lengths):
+        placed = place_frames(one, shape)
+        if placed is None:
             raise DataError(
                 f"the {len(lengths[g])} frames of group {g} (longest {max(lengths[g])} patches, {sum(lengths[g])} in "
                 f"all) do not fit vision_shape={list(shape)} of (rows, patches); enlarge it or lower max_pixels."
             )
+        places.append(placed)
     vision = _vision_rows(frames_by_group, places, shape, pixel_table, merge_size, patch_dim, window)
-    merged = [_merged_index(*one, shape, merge_size, window) for one in zip(frames_by_group, places, strict=True)]
+    merged = [
+        _merged_index(frames, placed, shape, merge_size, window)
+        for frames, placed in zip(frames_by_group, places, strict=True)
+    ]
     return _token_rows(rows, merged, length, pad_token_id, merge_size, vision)
 
 
@@ -212,9 +217,11 @@ def _vision_rows(
     """Fills the buckets."""
     groups = len(frames_by_group)
     width = next((f.patches.shape[1] for frames in frames_by_group for f in frames), patch_dim)
-    if shape and width is None:
+    if not shape:
+        return ()
+    if width is None:
         raise DataError("a batch of text alone with a vision_shape needs patch_dim, the bytes in a patch.")
-    buckets = [
+    buckets: list[dict[str, np.ndarray]] = [
         {
             "patches": np.zeros((groups, rows, slots, width), np.uint8),
             "coords": np.zeros((groups, rows, slots, 2), np.int32),

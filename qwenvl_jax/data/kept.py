@@ -27,10 +27,10 @@ class Kept:
     def get(self, key: Hashable, make: Callable[[], Value], size_of: Callable[[Value], int]) -> Value:
         """The value of `key`; made by `make` if it is not here. What `make` raises goes to all that wait for it."""
         with self._lock:
-            future = self._futures.get(key)
-            mine = future is None
+            mine = key not in self._futures
             if mine:
-                future = self._futures[key] = concurrent.futures.Future()
+                self._futures[key] = concurrent.futures.Future()
+            future = self._futures[key]
             self._futures.move_to_end(key)
         if not mine:
             return future.result()[0]

@@ -19,6 +19,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -162,7 +163,7 @@ class Plan:
             raise DataError("the data has no samples; give at least one conversation.")
         check_fits(facts, shape)
         self.facts, self.shape = tuple(facts), shape
-        self._options = {"seed": seed, "window": window, "shuffle": shuffle}
+        self._options: dict[str, Any] = {"seed": seed, "window": window, "shuffle": shuffle}
         self._stream = _endless(len(self.facts), seed, shuffle)
         self._window = window or 4 * shape.rows
         self._waiting: list[int] = []
@@ -192,7 +193,7 @@ class _StepRows:
         self._vision = shape.vision
         self._room = sum(rows * length for rows, length in shape.vision)
         self._patches = [0] * shape.groups
-        self._frames = [collections.Counter() for _ in range(shape.groups)]
+        self._frames: list[collections.Counter[int]] = [collections.Counter() for _ in range(shape.groups)]
         self._rows_in_group = shape.rows // shape.groups
 
     def place(self, index: int, facts: SampleFacts) -> bool:

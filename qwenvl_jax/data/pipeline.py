@@ -96,7 +96,9 @@ class SampleCache:
 
     def _load(self, index: int) -> tuple[Loaded, list[str], list[np.ndarray]]:
         """A sample whose media have no patches, and the keys and patches of its media."""
-        record, keys, patches = self._source[index], [], []
+        record = self._source[index]
+        keys: list[str] = []
+        patches: list[np.ndarray] = []
 
         def read(part: dict, decode: Callable[[], np.ndarray]) -> np.ndarray:
             key = _media_key(part, self._processor_key)
@@ -113,7 +115,7 @@ class SampleCache:
             raise DataError(f"{record.where}: {error}") from error
         digest = hashlib.sha256()
         for array in (sample.tokens, sample.targets, sample.loss_weights, *patches):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return Loaded(record.id, sample, digest.digest()), keys, patches
 
 

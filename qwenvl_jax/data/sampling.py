@@ -43,9 +43,11 @@ def uniform_indices(
     Reference: `Qwen3VLVideoProcessor.sample_frames` of transformers 5.23.
     """
     _check_wish(n_frames, source_fps, fps, num_frames)
-    if num_frames is None:
-        num_frames = min(max(int(n_frames / source_fps * fps), min_frames), max_frames, n_frames)
-    return np.linspace(0, n_frames - 1, num_frames).round().astype(np.int64)
+    if num_frames is not None:
+        n = num_frames
+    elif fps is not None:
+        n = min(max(int(n_frames / source_fps * fps), min_frames), max_frames, n_frames)
+    return np.linspace(0, n_frames - 1, n).round().astype(np.int64)
 
 
 def even_indices(
@@ -75,11 +77,11 @@ def even_indices(
     Reference: `smart_nframes` of qwen-vl-utils 0.0.14, and torch's linspace, which computes in float32 from both ends.
     """
     _check_wish(n_frames, source_fps, fps, num_frames)
-    if num_frames is None:
+    if num_frames is not None:
+        n = round(num_frames / 2) * 2
+    elif fps is not None:
         wish = max(n_frames / source_fps * fps, _ceil_even(min_frames))
         n = _floor_even(min(wish, _floor_even(max_frames), n_frames))
-    else:
-        n = round(num_frames / 2) * 2
     _check_count(n, n_frames)
     step, index = np.float64(np.float32(n_frames - 1) / np.float32(n - 1)), np.arange(n)
     places = np.where(index < n // 2, step * index, n_frames - 1 - step * (n - 1 - index))
@@ -114,11 +116,11 @@ def stepped_indices(
     asks for a frame after the last one and fails; here that step is left out.
     """
     _check_wish(n_frames, source_fps, fps, num_frames)
-    if num_frames is None:
+    if num_frames is not None:
+        n = round(num_frames / 2) * 2
+    elif fps is not None:
         limit = _floor_even(min(max_frames, n_frames))
         n = _floor_even(min(max(n_frames / source_fps * fps, min_frames), limit, n_frames))
-    else:
-        n = round(num_frames / 2) * 2
     _check_count(n, n_frames)
     # torch's arange, in float32 on x86: two vectors of eight at a time, each counted on from its first value; then one
     # by one. Where a step falls on a whole number or just beside it, this decides what it is truncated to.

@@ -103,7 +103,8 @@ class Settings:
         video_config = _read_preprocessor(video_file, whole.get("video_processor"), required=False)
         model_config = _read_json(folder / "config.json", required=False)
         files = (whole, image_config, video_config, tokenizer_config)
-        named = [file.get(key) for key in ("processor_class", "video_processor_type") for file in files]
+        keys = ("processor_class", "video_processor_type")
+        named = [name for key in keys for file in files if (name := file.get(key)) is not None]
         try:
             generation = find_generation(model_config.get("model_type"), named)
         except CheckpointError as error:
@@ -235,9 +236,9 @@ def media_config(
     newer = (size.get("shortest_edge", size.get("min_pixels")), size.get("longest_edge", size.get("max_pixels")))
     older = (values.get("min_pixels"), values.get("max_pixels"))
     first, then = (older, newer) if video_of is None or video_of.older_video_keys else (newer, older)
-    low, high = (b if a is None else a for a, b in zip(first, then, strict=True))
+    bounds: list[Any] = [b if a is None else a for a, b in zip(first, then, strict=True)]
     missing = [key for key in ("patch_size", "image_mean", "image_std") if values.get(key) is None]
-    if low is None or high is None:
+    if None in bounds:
         missing.append("size.shortest_edge and size.longest_edge")
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(missing)}; copy the file from the model again.")
@@ -251,8 +252,8 @@ def media_config(
         normalize=values.get("do_normalize") is not False,
     )
     config = MediaConfig(
-        min_pixels=low,
-        max_pixels=high,
+        min_pixels=bounds[0],
+        max_pixels=bounds[1],
         patch_size=values["patch_size"],
         temporal_patch_size=values.get("temporal_patch_size") or 2,
         merge_size=values.get("merge_size") or 2,

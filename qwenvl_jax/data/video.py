@@ -282,6 +282,7 @@ class _Child:
         self._late = threading.Event()
         self._timer = threading.Timer(limit_seconds, self._stop)
         self._timer.daemon = True
+        assert self._process.stdout is not None  # it is a pipe
         self.stdout = self._process.stdout
 
     def _stop(self):
@@ -407,14 +408,16 @@ def _shown_size(path: Path, listing: str, messages: str) -> tuple[int, int]:
 
 def _packets(listing: str) -> tuple[list[int], list[int], Fraction] | None:
     """Ticks and lengths of the packets that are shown, in file order; seconds per tick. None if a time is missing."""
-    time_base = Fraction(re.search(r"^#tb 0: (\d+/\d+)", listing, re.MULTILINE)[1])
+    time_base = re.search(r"^#tb 0: (\d+/\d+)", listing, re.MULTILINE)
+    if time_base is None:
+        return None
     packets = re.findall(
         r"^0, *(?:-?\d+|NOPTS), *(-?\d+|NOPTS), *(-?\d+), *\d+, *0x\w+(?:, *F=0x(\w+))?", listing, re.MULTILINE
     )
     packets = [(pts, length) for pts, length, flags in packets if not int(flags or "1", 16) & _DISCARDED]
     if any(pts in ("NOPTS", "-9223372036854775808") for pts, _ in packets):
         return None
-    return [int(pts) for pts, _ in packets], [int(length) for _, length in packets], time_base
+    return [int(pts) for pts, _ in packets], [int(length) for _, length in packets], Fraction(time_base[1])
 
 
 def _times_by_decoding(path: Path) -> tuple[list[int], list[int], Fraction]:

@@ -131,7 +131,7 @@ def describe_clip(seed: int, index: int, split: str) -> Clip:
     """
     clip = outline_clip(seed, index, split)
     rng = np.random.default_rng([seed, index, SPLITS.index(split), 1])
-    events = []
+    events: list[Event] = []
     for event in clip.events:
         events.append(_placed(event, events, clip, rng))
     return dataclasses.replace(clip, events=tuple(events))
@@ -150,7 +150,7 @@ def outline_clip(seed: int, index: int, split: str) -> Clip:
     frame_rate = FRAME_RATES[rng.integers(len(FRAME_RATES))]
     fps = float(fractions.Fraction(frame_rate))
     frames = round(rng.uniform(SHORTEST, LONGEST) * fps)
-    shapes = {}
+    shapes: dict[str, list[str]] = {}
     for colour, shape in combinations(split):
         shapes.setdefault(colour, []).append(shape)
     events = []
@@ -161,8 +161,8 @@ def outline_clip(seed: int, index: int, split: str) -> Clip:
         events.append(Event(colour, shape, round(start, 4), round(end, 4), int(rng.integers(18, 27)), 0, 0, 0, 0))
     level, slope_x, slope_y = rng.uniform(50, 205), rng.uniform(-40, 40), rng.uniform(-40, 40)
     corners = [level + sx * slope_x / 2 + sy * slope_y / 2 for sy in (-1, 1) for sx in (-1, 1)]
-    background = tuple(round(float(corner), 1) for corner in corners)
-    return Clip(seed, index, split, width, height, frame_rate, frames, background, tuple(events))
+    a, b, c, d = (round(float(corner), 1) for corner in corners)
+    return Clip(seed, index, split, width, height, frame_rate, frames, (a, b, c, d), tuple(events))
 
 
 def _placed(event: Event, others: Sequence[Event], clip: Clip, rng: np.random.Generator) -> Event:

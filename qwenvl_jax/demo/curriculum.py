@@ -40,7 +40,7 @@ ABOUT = {
     "s3": "everything, clips up to 12 s",
 }
 # Steps of each stage: in the demo of a few minutes, and in the one that makes the model that ships.
-QUICK_STEPS = {"text": 250, "s0": 30, "s1": 60, "s2": 30, "s3": 40}
+QUICK_STEPS = {"text": 250, "s0": 12, "s1": 70, "s2": 35, "s3": 50}
 FULL_STEPS = {"text": 1900, "s0": 100, "s1": 500, "s2": 300, "s3": 500}
 PEAK_RATE = {"text": 0.02, "s0": 0.02, "s1": 0.015, "s2": 0.012, "s3": 0.012}
 

@@ -108,7 +108,7 @@ def answer_all(
     """
     # Clips of like length go together, so that little of a batch is padding.
     order = sorted(range(len(asked)), key=lambda i: asked[i].clip.duration)
-    answers: list[Answered | None] = [None] * len(asked)
+    answers: dict[int, Answered] = {}
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     for batch in progress(batches):
         conversations = [
@@ -118,7 +118,7 @@ def answer_all(
         texts = generate(model, processor, conversations, max_new_tokens=max_new_tokens, temperature=0.0)
         for i, result in zip(batch, texts, strict=True):
             answers[i] = Answered(asked[i], result.text)
-    return answers
+    return [answers[i] for i in range(len(asked))]
 
 
 def judge(answers: Sequence[Answered]) -> Figures:

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from qwenvl_jax.batch import Batch
+from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.data.collate import collate
 from qwenvl_jax.demo.clips import Clip
 from qwenvl_jax.demo.records import conversation
@@ -51,6 +52,7 @@ def models_between_stages(config: TrainConfig, run: str | os.PathLike) -> Iterab
     Raises:
       CheckpointError: the end of a stage is not among the checkpoints.
     """
+    assert isinstance(config.model, QwenVLConfig), "the first weights are random, so the model is a shape"
     parts = ModelParts(config.model, dtype=config.dtype, param_dtype=config.param_dtype, mesh=single_device_mesh())
     yield parts.merge(parts.random(config.seed))
     for end in itertools.accumulate(stage.steps for stage in config.stages):

@@ -30,7 +30,7 @@ def figures_wanted(
         return f"{100 * value:.0f} %"
 
     most_starts, most_iou = chance.starts + ABOVE_CHANCE, chance.iou + ABOVE_CHANCE
-    lowered = [stage.name for stage in stages if stage.held_out[1] < stage.held_out[0]]
+    lowered = [stage.name for stage in stages if stage.held_out and stage.held_out[1] < stage.held_out[0]]
     count = figures.count
     rows = [
         ("starts within 0.5 s", f"at least {percent(WANTED_STARTS)}", percent(figures.starts)),

@@ -53,6 +53,7 @@ class Linear(nnx.Module):
         kernel = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype)
         # `inputs` tells an optimizer that works on matrices which axes, after the layers', are summed over.
         self.kernel = nnx.Param(kernel, axes=names, inputs=len(inputs))
+        self.bias: nnx.Param | None
         if use_bias:
             shape, names = _stacked(tuple(outputs.values()), tuple(outputs), stack)
             self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=names)

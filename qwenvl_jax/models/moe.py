@@ -23,6 +23,7 @@ class Experts(nnx.Module):
     """
 
     def __init__(self, config: TextConfig, *, stack, rngs, dtype):
+        assert config.moe is not None  # made only where the decoder has experts
         X, H, F = config.moe.num_experts, config.hidden_size, config.moe.moe_intermediate_size
         lead, names = ((), ()) if stack is None else ((stack,), ("layers",))
 
@@ -43,6 +44,7 @@ class SparseMoe(nnx.Module):
     """Sends each token through its likeliest experts: [B, T, H] to [B, T, H]."""
 
     def __init__(self, config: TextConfig, *, stack, rngs, dtype):
+        assert config.moe is not None  # made only where the decoder has experts
         embed, experts = {"embed": config.hidden_size}, {"experts": config.moe.num_experts}
         self.router = Linear(embed, experts, use_bias=False, stack=stack, rngs=rngs, dtype=dtype)
         self.experts = Experts(config, stack=stack, rngs=rngs, dtype=dtype)

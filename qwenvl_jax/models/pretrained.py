@@ -36,15 +36,15 @@ def load(path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None)
       CheckpointError: the folder is incomplete, damaged, or of a kind that is not supported.
       ConfigError: an unknown dtype, or a mesh that does not divide the weights.
     """
-    dtype = _dtype(dtype)
+    kind = _dtype(dtype)
     folder = folders.resolve(path)
     model = native.open_source(folder)
-    graph, state = abstract(model.config, dtype)
+    graph, state = abstract(model.config, kind)
     table = {entry.path: entry for entry in model.table}
     shardings = dict(nnx.to_flat_state(param_shardings(state, mesh or single_device_mesh())))
     weights = []
     for key, variable in nnx.to_flat_state(state):
-        weights.append((key, variable.replace(_place(model, table[_dotted(key)], dtype, shardings[key].get_value()))))
+        weights.append((key, variable.replace(_place(model, table[_dotted(key)], kind, shardings[key].get_value()))))
     return nnx.merge(graph, nnx.from_flat_state(weights))
 
 
@@ -79,7 +79,8 @@ def _place(model, entry: hf.Entry, dtype, sharding: NamedSharding) -> jax.Array:
     shape = entry.native_shape
     devices = sharding.addressable_devices_indices_map(shape)
     bounds = {
-        device: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)) for device, index in devices.items()
+        device: tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
+        for device, index in devices.items()
     }
     parts = {one: np.empty([stop - start for start, stop in one], dtype) for one in set(bounds.values())}
     for layer in [None] if entry.layers is None else range(entry.layers):
@@ -115,9 +116,9 @@ def _fill(part: np.ndarray, bounds: Bounds, block: np.ndarray, axis: int, start:
     first, last = max(low, start), min(high, start + block.shape[axis])
     if first >= last:
         return
-    to, of = [slice(None)] * part.ndim, [slice(*one) for one in bounds]
-    to[axis], of[axis] = slice(first - low, last - low), slice(first - start, last - start)
-    to, of = part[tuple(to)], block[tuple(of)]
+    here, there = [slice(None)] * part.ndim, [slice(*one) for one in bounds]
+    here[axis], there[axis] = slice(first - low, last - low), slice(first - start, last - start)
+    to, of = part[tuple(here)], block[tuple(there)]
     if to.dtype == of.dtype:
         reorder.copy(to, of)
     else:

@@ -3,6 +3,8 @@
 Calls change nothing: caches go in and come out. Training splits the module once and works on the plain tree.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -120,7 +122,7 @@ class QwenVL(nnx.Module):
 
     def _decode_rows(self, batch: Batch, **scan):
         x_BTH = self.text.embed(batch.tokens, self.dtype)
-        deepstack = (0, None)
+        deepstack: tuple[int, Callable | None] = (0, None)
         if batch.vision:
             merged, deep = self.encode(batch, **scan)
             x_BTH = _at_vision(x_BTH, merged, batch.vision_index, otherwise=x_BTH)

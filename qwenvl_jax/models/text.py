@@ -36,7 +36,7 @@ class TextAttention(nnx.Module):
     def project(self, x_BTH, cos, sin):
         """Returns (q [B, T, N, E], k [B, T, K, E], v [B, T, K, E]), the first two turned to their positions."""
         q, k = self.q(x_BTH), self.k(x_BTH)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), self.v(x_BTH)
 

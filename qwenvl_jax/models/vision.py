@@ -10,6 +10,7 @@ Qwen3-VL; the reference's `Qwen2VisionTransformerPretrainedModel`, `Qwen2_5_Visi
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, LayerNorm, Linear, RM
 from qwenvl_jax.ops.attention import attention
 from qwenvl_jax.ops.rope import rotate, vision_cos_sin
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable] = {
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "silu": jax.nn.silu,
@@ -175,6 +176,7 @@ class VisionTower(nnx.Module):
 
     def _positions(self, rows: VisionRows):
         """The learned square table, resized bilinearly (corners aligned) to each frame: f32[G, R, L, D]."""
+        assert self.pos_embed is not None  # asked for only where there is a table
         side = round(self.config.num_position_embeddings**0.5)
         table = self.pos_embed.table[...].astype(jnp.float32)
         steps = jnp.maximum(rows.sizes - 1, 1).astype(jnp.float32)

@@ -95,10 +95,10 @@ def mrope_cos_sin(positions_BTA, rope: RopeConfig, head_dim: int, dtype):
       (cos, sin), each [B, T, E // 2]; with YaRN, times its attention factor.
     """
     if rope.yarn is None:
-        frequencies, factor = inverse_frequencies(rope.theta, head_dim), 1.0
+        frequencies, scale = inverse_frequencies(rope.theta, head_dim), 1.0
     else:
-        frequencies, factor = yarn_frequencies(rope.theta, head_dim, rope.yarn), yarn_attention_factor(rope.yarn)
-    frequencies_E, factor = jnp.asarray(frequencies), jnp.float32(factor)
+        frequencies, scale = yarn_frequencies(rope.theta, head_dim, rope.yarn), yarn_attention_factor(rope.yarn)
+    frequencies_E, factor = jnp.asarray(frequencies), jnp.float32(scale)
     picked_BTE = jnp.take(positions_BTA.astype(jnp.float32), jnp.asarray(mrope_axes(rope)), axis=-1)
     angles_BTE = picked_BTE * frequencies_E[None, None, :]
     return (jnp.cos(angles_BTE) * factor).astype(dtype), (jnp.sin(angles_BTE) * factor).astype(dtype)

@@ -40,7 +40,8 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str, ...], mes
     Raises:
       ConfigError: a logical axis without a rule, a mesh axis used twice in one weight, or a size that does not divide.
     """
-    spec, used = [], {}
+    spec: list[str | tuple[str, ...] | None] = []
+    used: dict[str, str] = {}
     for size, axis in zip(shape, axes, strict=True):
         if axis not in rules:
             raise ConfigError(f"{name}: no sharding rule for its axis {axis!r}; the rules know {', '.join(rules)}.")

@@ -8,6 +8,7 @@ Steps count through the whole run; a stage covers those after its `begin` up to 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,10 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
       DataError: data that is missing, malformed, or can never fit the stage's batches; names the stage.
       ConfigError: a stage cannot carry the optimizer of the one before.
     """
-    stages, begin, seen, kept, key = [], 0, {}, {}, processor_key(processor)
+    stages: list[Stage] = []
+    begin, key = 0, processor_key(processor)
+    seen: dict[Any, tuple] = {}
+    kept: dict[int, Kept] = {}
     for index, stage in enumerate(config.stages):
         _check_carry(config, index)
         name = stage.data.source if isinstance(stage.data.source, str | tuple) else id(stage.data.source)

@@ -117,7 +117,10 @@ class _Run:
         self.say = progress.say
         keep_freed_memory()
         self.mesh = _make_mesh(config)
-        self.processor = Processor.from_pretrained(config.processor or config.init or config.model)
+        origin = config.processor or config.init or config.model
+        if isinstance(origin, QwenVLConfig):
+            raise ConfigError("processor is empty; give the folder of a tokenizer and preprocessor settings.")
+        self.processor = Processor.from_pretrained(origin)
         shape = config.model if isinstance(config.model, QwenVLConfig) else _shape_of(config.model)
         _check_ids(shape, self.processor)
         self.parts = ModelParts(shape, dtype=config.dtype, param_dtype=config.param_dtype, mesh=self.mesh)
@@ -148,6 +151,7 @@ class _Run:
                     continue
                 if done == stage.begin:
                     state, iterator_state = self._fresh_state(stage, params, state), None
+                assert state is not None  # restored, or begun with the stage
                 frozen = {name: value for name, value in params.items() if name not in state.params}
                 # The step takes the arrays that learn: nothing else may hold them.
                 del params
@@ -221,8 +225,9 @@ class _Run:
 
         def one(path, leaf):
             name = getattr(path[-1], "key", None)
-            info = self.parts.weights.get(name)
-            return self.parts.shardings[name] if info and leaf.shape == info.shape else whole
+            if name not in self.parts.weights or leaf.shape != self.parts.weights[name].shape:
+                return whole
+            return self.parts.shardings[name]
 
         return jax.tree_util.tree_map_with_path(one, state)
 

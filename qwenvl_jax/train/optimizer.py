@@ -75,7 +75,8 @@ def _by_name(rules: Mapping[str, tuple[optax.GradientTransformation, Iterable[st
         return {label: rule.init(pick(params, names)) for label, (rule, names) in rules.items()}
 
     def update(updates, state, params):
-        moved, after = {}, {}
+        moved: dict = {}
+        after: dict = {}
         for label, (rule, names) in rules.items():
             found, after[label] = rule.update(pick(updates, names), state[label], pick(params, names))
             moved |= found

@@ -2,7 +2,10 @@
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_DRAWINGS = 0.25
@@ -22,7 +25,8 @@ class Progress:
         self._steps, self._done, self._log = steps, done, log
         self._stream = stream or sys.stderr
         self._began, self._shown = time.monotonic(), float("-inf")
-        self._first, self._tokens, self._bar = done, 0, None
+        self._first, self._tokens = done, 0
+        self._bar: Bar | None = None
 
     def __enter__(self):
         if self._stream.isatty():
@@ -31,9 +35,9 @@ class Progress:
             from rich.progress import Progress as Bar
 
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
-            self._bar = Bar(*columns, console=Console(file=self._stream), auto_refresh=False, transient=True)
-            self._task = self._bar.add_task("", total=self._steps, completed=self._done, figures="")
-            self._bar.start()
+            bar = self._bar = Bar(*columns, console=Console(file=self._stream), auto_refresh=False, transient=True)
+            self._task = bar.add_task("", total=self._steps, completed=self._done, figures="")
+            bar.start()
         return self
 
     def __exit__(self, *_):

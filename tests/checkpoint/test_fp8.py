@@ -65,6 +65,7 @@ def test_every_code():
     assert np.array_equal(found, expected, equal_nan=True)
 
 
+@pytest.mark.reference
 def test_the_reference_gives_the_same_numbers():
     """transformers 5.23.0, on a tensor that its blocks divide and on stacked experts."""
     import torch

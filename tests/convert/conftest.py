@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from qwenvl_jax.convert.to_native import convert
 from qwenvl_jax.models import pretrained
@@ -13,6 +15,21 @@ from tests.tiny import tiny_processor_folder
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its relative name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stored_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder by its name."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def bit_equal(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
+    """The same names, dtypes, shapes and bytes."""
+    return one.keys() == two.keys() and all(
+        (one[k].dtype, one[k].shape, one[k].tobytes()) == (two[k].dtype, two[k].shape, two[k].tobytes()) for k in one
+    )
 
 
 @pytest.fixture(scope="session")

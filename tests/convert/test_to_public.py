@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from qwenvl_jax import cli
 from qwenvl_jax.convert.advice import advice
@@ -21,41 +21,9 @@ from qwenvl_jax.convert.to_public import export
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.models import pretrained
 from tests.checkpoint.shape import GENERATIONS, TINY_MOE, random_model
-from tests.convert.conftest import contents
+from tests.convert.conftest import bit_equal, contents, stored_tensors
 from tests.convert.test_to_native import _start
-from tests.parity import reference
 from tests.support import generations
-
-
-def _stored(folder: Path) -> dict[str, np.ndarray]:
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
-
-
-def _same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
-    return one.keys() == two.keys() and all(
-        (one[k].dtype, one[k].shape, one[k].tobytes()) == (two[k].dtype, two[k].shape, two[k].tobytes()) for k in one
-    )
-
-
-@pytest.mark.parametrize("shape", list(reference.SHAPES))
-@pytest.mark.parametrize("half", [False, True])
-def test_there_and_back(shape, half, tmp_path):
-    """A checkpoint that the reference wrote, through the native layout and back: every tensor is bit-equal, and the
-    reference loads it without a complaint. Experts, which it writes in an order of its own, come back in that."""
-    model = reference.write_checkpoint(tmp_path / "public", shape, max_shard_size="20KB")
-    if half:
-        model.bfloat16().save_pretrained(tmp_path / "public", max_shard_size="20KB")
-    convert(tmp_path / "public", tmp_path / "native", verify=True)
-    export(tmp_path / "native", tmp_path / "back", verify=True, max_shard_bytes=30_000)
-    assert _same(_stored(tmp_path / "public"), _stored(tmp_path / "back"))
-    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
-        (tmp_path / "public" / "config.json").read_text()
-    )
-    found = reference.load_checkpoint(tmp_path / "back").state_dict()
-    assert all((found[name] == tensor.float()).all() for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.support("loads", "exports")
@@ -65,7 +33,7 @@ def test_every_generation_there_and_back(generation, tmp_path):
     pretrained.save(random_model(GENERATIONS[generation]), tmp_path / "public", max_shard_bytes=100_000)
     convert(tmp_path / "public", tmp_path / "native", verify=True)
     export(tmp_path / "native", tmp_path / "back", verify=True)
-    assert _same(_stored(tmp_path / "public"), _stored(tmp_path / "back"))
+    assert bit_equal(stored_tensors(tmp_path / "public"), stored_tensors(tmp_path / "back"))
     one, two = (pretrained.load(tmp_path / form, dtype="float32") for form in ("public", "native"))
     assert one.config == two.config == GENERATIONS[generation]
     one, two = (dict(nnx.to_flat_state(nnx.state(model, nnx.Param))) for model in (one, two))
@@ -79,7 +47,7 @@ def test_experts_whose_order_a_shape_may_not_tell(width, tmp_path):
     moe = dataclasses.replace(TINY_MOE.text.moe, moe_intermediate_size=width)
     config = dataclasses.replace(TINY_MOE, text=dataclasses.replace(TINY_MOE.text, moe=moe))
     pretrained.save(random_model(config), tmp_path / "public")
-    stored = _stored(tmp_path / "public")
+    stored = stored_tensors(tmp_path / "public")
     if width == 14:
         for name in [name for name in stored if ".experts." in name]:
             stored[name] = np.ascontiguousarray(stored[name].swapaxes(1, 2))
@@ -87,7 +55,7 @@ def test_experts_whose_order_a_shape_may_not_tell(width, tmp_path):
     save_file(stored, tmp_path / "held" / "model.safetensors")
     convert(tmp_path / "held", tmp_path / "native", verify=True)
     export(tmp_path / "native", tmp_path / "back", verify=True)
-    assert _same(_stored(tmp_path / "held"), _stored(tmp_path / "back"))
+    assert bit_equal(stored_tensors(tmp_path / "held"), stored_tensors(tmp_path / "back"))
     models = [pretrained.load(tmp_path / form, dtype="float32") for form in ("public", "native", "back")]
     weights = [dict(nnx.to_flat_state(nnx.state(model, nnx.Param))) for model in models]
     assert all(np.array_equal(weights[0][key].get_value(), w[key].get_value()) for w in weights for key in w)
@@ -112,7 +80,7 @@ def test_a_run(public, tmp_path, capsys):
     assert "is a training run that is not done" in capsys.readouterr().err
     shutil.copytree(public, run / "model")
     assert cli.main(["export", str(run), str(tmp_path / "out"), "--verify"]) == 0
-    assert _same(_stored(public), _stored(tmp_path / "out"))
+    assert bit_equal(stored_tensors(public), stored_tensors(tmp_path / "out"))
     out = capsys.readouterr().out
     assert f"  vllm serve {tmp_path / 'out'}\n  transformers serve {tmp_path / 'out'}\n" in out
     assert "Its dialect is transformers." in out

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
-from transformers.vision_utils import get_vision_window_index
 
 from qwenvl_jax.data.collate import choose_vision_shape, collate, place_frames, window_order
 from qwenvl_jax.data.packing import frames_fit
@@ -140,6 +138,9 @@ def test_text_alone_without_the_size_of_a_patch():
 
 def reference_windows(grid: tuple[int, int, int]) -> tuple[list[int], list[int]]:
     """The reference's order of merged tokens, and the borders of its windows in patches, for windows of 112 pixels."""
+    import torch
+    from transformers.vision_utils import get_vision_window_index
+
     order, borders = get_vision_window_index(torch.tensor([grid]), 2, 112, 14)
     return order.tolist(), borders.tolist()
 
@@ -162,6 +163,7 @@ def test_worked_windows():
     assert our_windows((2, 16, 8)) == (list(range(64)), [0, 64, 128, 192, 256])
 
 
+@pytest.mark.reference
 def test_windows_are_those_of_the_reference():
     rng = np.random.default_rng(5)
     for t, h, w in [(1, 20, 12), (2, 16, 8), (1, 2, 2), *rng.integers(1, 15, (60, 3)).tolist()]:
@@ -169,6 +171,7 @@ def test_windows_are_those_of_the_reference():
         assert our_windows(grid) == reference_windows(grid), grid
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("shape", [None, ((3, 300), (2, 80))])
 def test_patches_stand_window_after_window_and_tokens_point_at_them(shape):
     samples = [

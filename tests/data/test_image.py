@@ -6,7 +6,6 @@ import pytest
 
 from qwenvl_jax.data.image import image_size, patchify, pixel_table, read_image, resize, smart_resize
 from qwenvl_jax.errors import MediaError
-from tests.parity.reference import TORCHVISION_OPS  # noqa: F401, makes torchvision importable
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,9 @@ def test_smart_resize_refuses_strips_and_nothing(size):
         smart_resize(*size, factor=32, min_pixels=65_536, max_pixels=16_777_216)
 
 
+@pytest.mark.reference
 def test_resize_is_bit_equal_to_torchvision():
+    from tests.parity import reference  # noqa: F401, makes torchvision importable  # isort: skip
     import torch
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as F
@@ -71,10 +72,12 @@ def test_patches_stand_in_merge_order_and_each_runs_over_channel_time_row_column
     np.testing.assert_array_equal(flat.reshape(3, tau, 2, 2), one.transpose(3, 0, 1, 2))
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(
     "stats", [((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.48145466, 0.4578275, 0.4), (0.26, 0.27, 0.3))]
 )
 def test_pixel_table_is_bit_equal_to_the_fused_normalisation(stats):
+    from tests.parity import reference  # noqa: F401, makes torchvision importable  # isort: skip
     import torch
     from torchvision.transforms.v2 import functional as F
 

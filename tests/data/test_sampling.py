@@ -68,6 +68,7 @@ def test_even_indices_goldens(n, source_fps, wish, expected):
     assert even_indices(n, source_fps, **wish).tolist() == expected
 
 
+@pytest.mark.reference
 def test_even_indices_are_torchs_linspace():
     import torch
 

@@ -1,9 +1,10 @@
 """The demo's tokenizer and processor folder."""
 
+import pytest
+
 from qwenvl_jax.demo import vocabulary
 from qwenvl_jax.demo.clips import COLOURS, HELD_OUT, SHAPES
 from qwenvl_jax.demo.records import answer, question
-from tests.parity.reference import transformers
 
 
 def test_the_tokenizer_is_the_same_every_time_and_small():
@@ -34,7 +35,10 @@ def test_any_text_survives():
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
+@pytest.mark.reference
 def test_transformers_loads_the_folder(tmp_path):
+    from tests.parity.reference import transformers
+
     processor = transformers.AutoProcessor.from_pretrained(vocabulary.write_processor_folder(tmp_path))
     messages = [
         {"role": "user", "content": [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "When?"}]},
