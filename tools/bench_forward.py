@@ -122,8 +122,8 @@ def _pairs(pixels: int, tokens: int) -> dict[str, tuple[Callable, Callable]]:
     encode = jax.jit(lambda model, batch: model.encode(batch)[0])
     batches = {"text": processor([text]), "seen": processor([seen])}
     inputs = {
-        "text": reference.reference_inputs(processor.sample(text), config),
-        "seen": reference.reference_inputs(processor.sample(seen), config),
+        kind: reference.reference_inputs(processor.sample(asked), asked, config, processor.pixel_table)
+        for kind, asked in {"text": text, "seen": seen}.items()
     }
 
     def pair(kind):
