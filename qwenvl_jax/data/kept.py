@@ -57,10 +57,9 @@ class Kept:
             return future.result()[0]
 
     def _drop_oldest(self) -> None:
-        for key, future in list(self._futures.items()):
-            if self._bytes <= self._max_bytes:
-                return
+        while self._bytes > self._max_bytes:
             # What is still being made has a waiting owner and no size yet.
-            if future.done():
-                del self._futures[key]
-                self._bytes -= future.result()[1]
+            key = next((key for key, future in self._futures.items() if future.done()), None)
+            if key is None:
+                return
+            self._bytes -= self._futures.pop(key).result()[1]
