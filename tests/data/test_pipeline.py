@@ -1,5 +1,6 @@
 """Sources of records, their facts, the cache of samples, and batches through Grain."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import json
@@ -264,6 +265,24 @@ def test_kept_values_share_their_room():
         go_on.set()
         assert slow.result() is second.result() is None
     assert made.count("e") == 1
+
+
+def test_keeping_one_more_value_does_not_look_at_all_the_others():
+    looked = 0
+
+    class Counting(collections.OrderedDict):
+        def items(self):
+            nonlocal looked
+            for item in super().items():
+                looked += 1
+                yield item
+
+    kept = Kept(1000)
+    kept._futures = Counting()
+    for i in range(3000):
+        kept.get(i, lambda i=i: i, lambda value: 1)
+    assert kept.peek(1999) is None and kept.peek(2000) == 2000
+    assert looked <= 3000
 
 
 def test_media_kept_on_disk(data, processor, tmp_path):
