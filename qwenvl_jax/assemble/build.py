@@ -204,8 +204,8 @@ def _write(out: Path, pieces: list[Piece], files: dict[str, dict], dtype: str, m
     def read(name: str) -> np.ndarray:
         return by_name[name].make().astype(target, copy=False)
 
-    sizes = {piece.name: math.prod(piece.shape) * target.itemsize for piece in pieces}
-    tensors.write(out, sizes, read, files, max_shard_bytes)
+    specs = {piece.name: (target, piece.shape) for piece in pieces}
+    tensors.write(out, specs, read, files, max_shard_bytes)
 
 
 @contextlib.contextmanager

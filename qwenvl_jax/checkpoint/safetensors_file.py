@@ -209,9 +209,12 @@ def _counts(values: Any) -> bool:
 class Writer:
     """Writes the tensors of one file, in any order and in slices.
 
+    A file that is there already, left by a process that was killed, is written over in place: a slice whose bytes are
+    there is read and not written again.
+
     Args:
-      path: the file to write, made or emptied here. Give one that no reader looks for, and rename it when `finish`
-        has returned.
+      path: the file to write, made if missing. Give one that no reader looks for, and rename it when `finish` has
+        returned.
       tensors: (name, type, shape) of each. Larger types are stored first, so that every tensor is aligned.
       metadata: text by name; `finish` may change values, but not their lengths.
     """
@@ -228,9 +231,10 @@ class Writer:
         for name, dtype, shape in self._tensors:
             self._places[name] = StoredTensor(path, name, NAMES[dtype], shape, offset)
             offset += self._places[name].nbytes
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._open = True
         try:
+            self._found = os.fstat(self._fd).st_size > 0
             os.ftruncate(self._fd, offset)
             write_at(self._fd, header, 0)
         except OSError:
@@ -247,7 +251,14 @@ class Writer:
         """Writes a C-contiguous block: the tensor from `start` on along `axis`, whole along the others."""
         place = self._places[name]
         for at, run in _runs(place.offset, block, place.shape or (1,), axis, start):
-            write_at(self._fd, run, at)
+            if not (self._found and self._holds(run, at)):
+                write_at(self._fd, run, at)
+
+    def _holds(self, run: np.ndarray, offset: int) -> bool:
+        """Whether the file has these bytes there."""
+        there = np.empty_like(run)
+        read_at(self._fd, there, offset)
+        return bool(np.array_equal(there.reshape(-1).view(np.uint8), run.reshape(-1).view(np.uint8)))
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Writes the final metadata and returns when everything is on disk."""

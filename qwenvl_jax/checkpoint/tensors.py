@@ -4,6 +4,7 @@ Only safetensors are opened. Files of pickled objects run code when they are rea
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -11,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import safetensors
-from safetensors import numpy as safetensors_numpy
 
-from qwenvl_jax.checkpoint.safetensors_file import StoredTensor, read_header
+from qwenvl_jax.checkpoint import reorder
+from qwenvl_jax.checkpoint.safetensors_file import StoredTensor, Writer, read_header
 from qwenvl_jax.checkpoint.sections import read_json
 from qwenvl_jax.errors import CheckpointError
 
@@ -120,7 +120,7 @@ def some(names: Sequence[str]) -> str:
 
 def write(
     out_dir: Path,
-    sizes: Mapping[str, int],
+    specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     read: Callable[[str], np.ndarray],
     files: Mapping[str, Mapping],
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -128,18 +128,19 @@ def write(
     """Writes tensors and JSON files into a folder, all or nothing.
 
     Everything is written beside its place first and renamed when complete. Files of other names in an existing folder
-    stay, except weights that the new ones replace.
+    stay, except weights that the new ones replace. One tensor is in memory at a time.
 
     Args:
       out_dir: made if missing.
-      sizes: bytes of each tensor by its public name, in the order to store them.
-      read: gives the tensor of a name; called once for each, in order.
+      specs: type and shape of each tensor by its public name, in the order to store them.
+      read: gives the tensor of a name, of that type and shape; called once for each, in order.
       files: contents of JSON files by name, such as {"config.json": {...}}.
       max_shard_bytes: above this, tensors go to several files with an index.
 
     Raises:
       CheckpointError: the folder cannot be written.
     """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in specs.items()}
     shards = plan_shards(sizes, max_shard_bytes)
     names = shard_names(len(shards))
     files = dict(files)
@@ -151,12 +152,16 @@ def write(
         out_dir.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=out_dir))
         for file, shard in zip(names, shards, strict=True):
-            tensors = {name: np.ascontiguousarray(read(name)) for name in shard}
-            safetensors_numpy.save_file(tensors, temporary / file, metadata={"format": "pt"})
+            with Writer(temporary / file, [(name, *specs[name]) for name in shard], {"format": "pt"}) as writer:
+                for name in shard:
+                    tensor = reorder.contiguous(read(name))
+                    assert (tensor.dtype, tensor.shape) == specs[name], name
+                    writer.write(name, tensor)
+                writer.finish({"format": "pt"})
         for file, values in files.items():
             (temporary / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         _move_in(temporary, out_dir, [*names, *files])
-    except (OSError, safetensors.SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"{out_dir} cannot be written ({error}); nothing was saved, choose another place."
         ) from error

@@ -61,6 +61,14 @@ def check_room(out: Path, needed: int) -> None:
         )
 
 
+def allocated(path: Path) -> int:
+    """Bytes of the disk that a file takes; 0 if there is none."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
 def cannot_write(out: Path, error: OSError, remedy: str) -> CheckpointError:
     """The error of a place that refuses to be written."""
     return CheckpointError(f"{out} cannot be written ({error.strerror or error}); {remedy}.")

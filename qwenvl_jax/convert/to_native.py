@@ -2,8 +2,9 @@
 
 A file is the unit of work. A process that takes one holds a lock on its unfinished form, which the system frees when
 the process dies. So any number of processes, started together or later, on one machine or on several that share a file
-system with locks, divide the files among themselves, and one that is killed costs the file it was writing. Whoever
-finds all files complete writes the index.
+system with locks, divide the files among themselves. Of a process that is killed the unfinished file stays, and whoever
+takes it reads what is there and writes what is not (`checkpoint.safetensors_file.Writer`): a slice at most is written
+twice. Whoever finds all files complete writes the index.
 """
 
 import contextlib
@@ -125,8 +126,10 @@ class Conversion:
             path = self._root / file.name
             if native.is_complete(path, file, self._dtypes, self._plan):
                 left -= self._bytes[file.name]
-            elif path.is_file():
+                continue
+            if path.is_file():
                 self._check_plan(_plan_of(path))
+            left -= min(places.allocated(self._partial(file)), self._bytes[file.name])
         places.check_room(self._dst, left)
 
     def _check_plan(self, plan: str | None) -> None:
@@ -181,7 +184,7 @@ class Conversion:
         path = self._root / file.name
         if native.is_complete(path, file, self._dtypes, self._plan):
             return False
-        partial = self._root / f".{file.name}.partial"
+        partial = self._partial(file)
         with _claimed(partial) as claimed:
             if not claimed:
                 return None
@@ -192,6 +195,10 @@ class Conversion:
             os.replace(partial, path)
             places.sync(self._root)
         return True
+
+    def _partial(self, file: native.NativeFile) -> Path:
+        """Where a file stands until it is complete."""
+        return self._root / f".{file.name}.partial"
 
     def _write(self, partial: Path, file: native.NativeFile, streamer: Streamer) -> None:
         found = {part.name: native.PENDING for part in file.parts}

@@ -145,19 +145,21 @@ def save(model: QwenVL, out_dir: str | Path, *, max_shard_bytes: int = tensors.M
         odd = sorted(set(values) ^ {entry.path for entry in table})
         raise CheckpointError(f"{out_dir}: {odd[0]} has no place in the public layout; save a model without it.")
     entries = {name: (entry, layer) for entry in table for layer, name in enumerate(entry.names())}
-    host: dict[str, np.ndarray] = {}
 
     def read(name: str) -> np.ndarray:
         entry, layer = entries[name]
-        if entry.path not in host:
-            host.clear()  # the order is that of the table, so a parameter is fetched once and one is held at a time
-            host[entry.path] = np.asarray(values[entry.path])
-        whole = host[entry.path]
-        return entry.to_public(whole if entry.layers is None else whole[layer])
+        value = values[entry.path]
+        return entry.to_public(np.asarray(value if entry.layers is None else _layer(value, layer)))
 
-    sizes = {n: int(np.prod(entry.shape)) * values[entry.path].dtype.itemsize for n, (entry, _) in entries.items()}
+    specs = {n: (values[entry.path].dtype, entry.written_shape) for n, (entry, _) in entries.items()}
     dtypes = sorted({value.dtype.name for value in values.values()})
     files = {"config.json": hf_config.config_to_json(model.config, dtypes[0])}
     if model.config.eos_token_ids:
         files["generation_config.json"] = {"eos_token_id": list(model.config.eos_token_ids)}
-    tensors.write(Path(out_dir), sizes, read, files, max_shard_bytes)
+    tensors.write(Path(out_dir), specs, read, files, max_shard_bytes)
+
+
+@jax.jit
+def _layer(stack: jax.Array, index: int) -> jax.Array:
+    """One layer of a stack; only that leaves the device."""
+    return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.checkpoint import folder as folders
-from qwenvl_jax.checkpoint import hf_config
+from qwenvl_jax.checkpoint import source
 from qwenvl_jax.checkpoint.store import CheckpointStore, abstract_like
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.data.processor import Processor
@@ -283,7 +283,7 @@ class _Run:
 
 
 def _shape_of(name: str) -> QwenVLConfig:
-    return hf_config.read_config(folders.resolve(name))
+    return source.read_config(folders.resolve(name))[0]
 
 
 def _check_ids(shape: QwenVLConfig, processor: Processor) -> None:

@@ -1,6 +1,7 @@
 """One safetensors file: lies in its header are told from truths before a byte is believed, and slices are exact."""
 
 import json
+import os
 import struct
 
 import ml_dtypes
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from qwenvl_jax.checkpoint import safetensors_file
 from qwenvl_jax.checkpoint.safetensors_file import MAX_HEADER_BYTES, Writer, read_header
 from qwenvl_jax.errors import CheckpointError
 
@@ -106,6 +108,29 @@ def test_slices(tmp_path, axis):
     assert written["y"].tolist() == [1.5, 2.5] and written["one"].tolist() == 7.5
     tensors, metadata = read_header(tmp_path / "b.safetensors")
     assert metadata == {"digest": "abcd"} and tensors["one"].read().tolist() == 7.5
+
+
+def test_what_is_there_is_not_written_again(tmp_path, monkeypatch):
+    """A file left unfinished is completed in place, whatever it holds."""
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    specs = [("a", array.dtype, array.shape)]
+    path, written = tmp_path / "x", []
+    with Writer(path, specs, {"plan": "one"}) as writer:
+        writer.write("a", array[:, :2].copy(), 0, axis=1)
+    real = safetensors_file.write_at
+    monkeypatch.setattr(safetensors_file, "write_at", lambda fd, data, at: (written.append(at), real(fd, data, at)))
+    with Writer(path, specs, {"plan": "two"}) as writer:
+        for start in range(3):
+            writer.write("a", array[:, start : start + 1].copy(), start, axis=1)
+        writer.finish({"plan": "two"})
+    assert np.array_equal(load_file(path)["a"], array)
+    start = read_header(path)[0]["a"].offset
+    assert written == [0, start + 32, start + 80, 0]  # the header, the last of each row, the header
+    path.write_bytes(os.urandom(path.stat().st_size + 7))
+    with Writer(path, specs, {"plan": "two"}) as writer:
+        writer.write("a", array)
+        writer.finish({"plan": "two"})
+    assert np.array_equal(load_file(path)["a"], array)
 
 
 def test_metadata_keeps_its_length(tmp_path):

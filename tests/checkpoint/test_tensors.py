@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -205,15 +206,15 @@ def test_failed_save_leaves_nothing(tiny_model, tmp_path, sharded, monkeypatch):
     with pytest.raises(CheckpointError, match="cannot be written"):
         pretrained.save(tiny_model, tmp_path / "file")
     before = {path.name: path.read_bytes() for path in sharded.iterdir()}
-    calls = []
+    calls, finish = [], tensors.Writer.finish
 
-    def full_disk(*args, **kwargs):
+    def full_disk(*args):
         calls.append(args)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        return save_file(*args, **kwargs)
+        finish(*args)
 
-    monkeypatch.setattr(tensors.safetensors_numpy, "save_file", full_disk)
+    monkeypatch.setattr(tensors.Writer, "finish", full_disk)
     with pytest.raises(CheckpointError, match="No space left on device"):
         pretrained.save(tiny_model, sharded, max_shard_bytes=50_000)
     assert {path.name: path.read_bytes() for path in sharded.iterdir()} == before
@@ -239,3 +240,17 @@ def test_tied_head(tmp_path, single):
     save_file(stored, single / "model.safetensors")
     alone = pretrained.load(single, dtype="float32")
     assert np.array_equal(alone.text.embed.table[...], both.text.embed.table[...])
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    specs = {f"w{i}": (np.dtype(np.float32), (1000, 1000)) for i in range(12)}
+    tracemalloc.start()
+    try:
+        tensors.write(tmp_path / "out", specs, lambda name: np.full((1000, 1000), int(name[1:]), np.float32), {})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.1 * 4_000_000, peak  # the one that is written, and the next being made
+    assert {name: int(t[0, 0]) for name, t in load_file(tmp_path / "out" / "model.safetensors").items()} == {
+        f"w{i}": i for i in range(12)
+    }

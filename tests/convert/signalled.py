@@ -3,7 +3,7 @@
     python -m tests.convert.signalled SIGKILL 37 convert SRC DST
 
 Before the 37th call that writes, syncs, renames or removes a file the signal comes. With the name COUNT, no signal is
-sent and the number of such calls is printed at the end.
+sent. The last line printed is the number of such calls and of bytes written, up to the signal or the end.
 """
 
 import os
@@ -17,16 +17,18 @@ CALLS = ("pwrite", "fsync", "replace", "unlink", "ftruncate", "mkdir")
 
 def main(name: str, number: str, *arguments: str) -> int:
     """Arms the calls and runs the command."""
-    count = 0
+    count = size = 0
 
     def arm(call: str) -> None:
         original = getattr(os, call)
 
         def counted(*args, **kwargs):
-            nonlocal count
+            nonlocal count, size
             count += 1
             if name != "COUNT" and count == int(number):
+                print(count, size, flush=True)
                 os.kill(os.getpid(), signal.Signals[name])
+            size += len(args[1]) if call == "pwrite" else 0
             return original(*args, **kwargs)
 
         setattr(os, call, counted)
@@ -35,7 +37,7 @@ def main(name: str, number: str, *arguments: str) -> int:
         arm(call)
     status = cli.main(arguments)
     if name == "COUNT":
-        print(count)
+        print(count, size)
     return status
 
 

@@ -1,8 +1,10 @@
 """Conversions: equal to the source bit for bit, whatever interrupts them, and never half a model that looks whole."""
 
+import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -30,6 +32,14 @@ from tests.checkpoint.test_tensors import SPREAD
 from tests.convert.conftest import contents
 
 ROOT = Path(__file__).parents[2]
+
+
+def calls(process: subprocess.Popen) -> tuple[int, int]:
+    """Waits for a process of `tests.convert.signalled`; the changes of the disk that it made, and the bytes written."""
+    out, err = process.communicate()
+    assert out, err
+    count, size = out.splitlines()[-1].split()
+    return int(count), int(size)
 
 
 def _start(*arguments) -> subprocess.Popen:
@@ -96,8 +106,7 @@ def test_spread_over_devices(undisturbed):
 def test_killed_and_run_again(public, undisturbed, tmp_path):
     """At moments drawn at random, and at the first and last, SIGKILL ends a real process; what it leaves is refused as
     half a model, what it had finished stays as it is, and the second run's folder is the undisturbed one."""
-    counted = _start("COUNT", 0, "convert", public, tmp_path / "counted")
-    total = int(counted.communicate()[0].splitlines()[-1])
+    total, _ = calls(_start("COUNT", 0, "convert", public, tmp_path / "counted"))
     assert contents(tmp_path / "counted") == contents(undisturbed)
     moments = [2, *random.Random(0).sample(range(3, total), 6), total]
     for moment in moments:
@@ -115,6 +124,34 @@ def test_killed_and_run_again(public, undisturbed, tmp_path):
         after = {path.name: path.stat() for path in (dst / "native").glob("*.safetensors")}
         for name, stat in before.items():  # not written again
             assert (stat.st_ino, stat.st_mtime_ns) == (after[name].st_ino, after[name].st_mtime_ns)
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_what_was_written_is_not_written_again(command, tmp_path):
+    """The embedding and the head outweigh ten layers each. Killed anywhere in between, at most one slice and the
+    headers are written twice."""
+    text = dataclasses.replace(TINY.text, vocab_size=60_000, tie_word_embeddings=False)
+    pretrained.save(random_model(dataclasses.replace(TINY, text=text)), tmp_path / "src", max_shard_bytes=3_000_000)
+    if command == "export":
+        convert(tmp_path / "src", tmp_path / "native")
+        shutil.move(tmp_path / "native", tmp_path / "src2")
+        shutil.rmtree(tmp_path / "src")
+        shutil.move(tmp_path / "src2", tmp_path / "src")
+    total, size = calls(_start("COUNT", 0, command, tmp_path / "src", tmp_path / "whole"))
+    layer = 4 * sum(
+        math.prod(e.shape) for e in hf.tensor_table(TINY) if e.public.startswith("model.language_model.layers")
+    )
+    assert size > 20 * layer
+    for moment in random.Random(2).sample(range(total // 4, total), 4):
+        first = _start("SIGKILL", moment, command, tmp_path / "src", tmp_path / "out")
+        _, before = calls(first)
+        assert first.returncode == -signal.SIGKILL
+        after = 0
+        if not (tmp_path / "out").exists() or command == "convert" or (tmp_path / "out" / ".export.json").exists():
+            _, after = calls(_start("COUNT", 0, command, tmp_path / "src", tmp_path / "out"))
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert before + after < size + layer
+        shutil.rmtree(tmp_path / "out")
 
 
 @pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL])

@@ -1,6 +1,7 @@
 """Exports: the tensors that went in, all or nothing, and words on who serves them."""
 
 import dataclasses
+import errno
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from qwenvl_jax import cli
+from qwenvl_jax.convert import places
 from qwenvl_jax.convert.advice import advice
 from qwenvl_jax.convert.to_native import convert
 from qwenvl_jax.convert.to_public import export
@@ -22,7 +24,7 @@ from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.models import pretrained
 from tests.checkpoint.shape import GENERATIONS, TINY_MOE, random_model
 from tests.convert.conftest import bit_equal, contents, stored_tensors
-from tests.convert.test_to_native import _start
+from tests.convert.test_to_native import _start, calls
 from tests.support import generations
 
 
@@ -87,19 +89,50 @@ def test_a_run(public, tmp_path, capsys):
 
 
 def test_killed_at_any_moment(undisturbed, tmp_path):
-    """Either the export is there and whole, or its place is as it was; the next one clears what was left."""
-    counted = _start("COUNT", 0, "export", undisturbed, tmp_path / "whole")
-    total = int(counted.communicate()[0].splitlines()[-1])
-    for moment in [1, *random.Random(1).sample(range(2, total), 3), total]:
+    """Either the export is there and whole, or its place is as it was; the next one completes it."""
+    total, _ = calls(_start("COUNT", 0, "export", undisturbed, tmp_path / "whole"))
+    for moment in [1, *random.Random(1).sample(range(2, total - 1), 3), total - 1, total]:
         dst = tmp_path / "out"
         process = _start("SIGKILL", moment, "export", undisturbed, dst)
-        process.communicate()
+        calls(process)
         assert process.returncode == -signal.SIGKILL
-        if not dst.exists():
-            export(undisturbed, dst)
+        if moment < total:  # then all that is missing is the wait for the disk
+            export(undisturbed, dst, verify=moment == total - 1)
         assert contents(dst) == contents(tmp_path / "whole")
         assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
         shutil.rmtree(dst)
+
+
+def test_another_export_clears_what_was_left(public, undisturbed, tmp_path):
+    other = tmp_path / "other"
+    pretrained.save(random_model(seed=1), other)
+    for left, src in ((public, other), (undisturbed, other), (other, undisturbed)):
+        process = _start("SIGKILL", 5, "export", left, tmp_path / "out")
+        calls(process)
+        assert (tmp_path / ".out.partial").is_dir()
+        export(src, tmp_path / "out", verify=True)
+        assert not (tmp_path / ".out.partial").exists()
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_disk_that_fills_up(undisturbed, tmp_path, monkeypatch):
+    """What was written stays, the error says where, and the next try needs only the rest."""
+    from qwenvl_jax.checkpoint import safetensors_file
+
+    def full(fd, data, offset, write=safetensors_file.write_at):
+        if offset > 100_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(fd, data, offset)
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"left on device.*run the same command"):
+        patch.setattr(safetensors_file, "write_at", full)
+        export(undisturbed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    left = sum(path.stat().st_blocks * 512 for path in (tmp_path / ".out.partial").iterdir())
+    size = sum(array.nbytes for array in stored_tensors(export(undisturbed, tmp_path / "whole")).values())
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(size, left, size - left))
+    export(undisturbed, tmp_path / "out", verify=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_places_that_are_refused(public, undisturbed, tmp_path):
@@ -111,7 +144,7 @@ def test_places_that_are_refused(public, undisturbed, tmp_path):
         export(half, tmp_path / "out")
     stopped = _start("SIGSTOP", 4, "export", undisturbed, tmp_path / "out")
     try:
-        while not (tmp_path / ".out.partial" / "model.safetensors").exists():
+        while not (tmp_path / ".out.partial" / ".model.safetensors.partial").exists():
             assert stopped.poll() is None
         with pytest.raises(CheckpointError, match="another process exports to"):
             export(undisturbed, tmp_path / "out")

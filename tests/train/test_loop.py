@@ -1,18 +1,23 @@
 """A run in this process: compiled once a stage, over one device or eight, from given weights or random ones."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import qwenvl_jax as qv
+from qwenvl_jax.convert.to_native import convert
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
+from qwenvl_jax.models import pretrained
 from qwenvl_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.metrics import read_metrics
+from tests.checkpoint.test_fp8 import CONFIG, KERNELS, numbers, quantize
 from tests.train.tiny_run import tiny_config, write_records, write_tiny_run
 
 
@@ -149,6 +154,32 @@ def test_weights_of_another_shape_are_refused(folder, tmp_path, tiny_checkpoint)
     config = dataclasses.replace(one_stage(folder, steps=1), init=str(tiny_checkpoint))
     with pytest.raises(CheckpointError, match="shape"):
         train(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["FP8", "native"])
+def test_starts_from_weights_in_any_form(form, folder, tmp_path):
+    """A folder in eight bits or in the native layout is a model to train: what is frozen stays the numbers it holds."""
+    shape = tiny_config(folder).model
+    public = tmp_path / "public"
+    pretrained.save(qv.QwenVL(shape, rngs=nnx.Rngs(3)), public)
+    stored, frozen = load_file(public / "model.safetensors"), {}
+    for name in [name for name in stored if ".layers." in name]:
+        frozen[name] = stored[name]
+        if form == "FP8" and name.endswith(KERNELS):
+            codes, scales = quantize(stored[name], (8, 16))
+            stored |= {name: codes, f"{name}_scale_inv": scales}
+            frozen[name] = numbers(codes, scales, (8, 16))
+    start = public
+    if form == "FP8":
+        save_file(stored, public / "model.safetensors")
+        config = json.loads((public / "config.json").read_text())
+        (public / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIG}))
+    else:
+        start = convert(public, tmp_path / "native")
+    config = dataclasses.replace(one_stage(folder, steps=1, trainable="mergers"), model=str(start))
+    trained = load_file(train(config, tmp_path / "out").model / "model.safetensors")
+    assert len(frozen) == 22
+    assert all(np.array_equal(trained[name], value.astype(np.float32)) for name, value in frozen.items())
 
 
 def test_a_damaged_run_folder_is_told(folder, tmp_path):
