@@ -12,6 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.packing import SampleFacts
 from qwenvl_jax.data.sources import Record, Source, media_paths
 from qwenvl_jax.errors import DataError, QwenVLError
@@ -53,26 +54,45 @@ def measure_source(
     """The facts of every sample of `source`, in order.
 
     Args:
+      processor, processor_key, cache: see `measure_each`.
+
+    Raises:
+      DataError: a record that cannot be used, naming file and line.
+    """
+    facts = []
+    for one in measure_each(source, processor, processor_key=processor_key, cache=cache):
+        if isinstance(one, Failure):
+            raise DataError(one.reason)
+        facts.append(one)
+    return tuple(facts)
+
+
+def measure_each(
+    source: Source, processor, *, processor_key: str = "", cache: Path | None = None
+) -> tuple[SampleFacts | Failure, ...]:
+    """The facts of every sample of `source`, in order; of one that cannot be read, or that the processor refuses, why.
+
+    Args:
       processor: its `measure(conversation)` tells tokens and grids without decoding pixels.
       processor_key: a hash of the processor's settings; "" measures everything again.
       cache: the path that the file of facts begins with; None keeps none.
-
-    Raises:
-      DataError: a record that the processor refuses, naming file and line.
     """
     path = Path(f"{cache}.facts-{processor_key[:12]}.json") if cache and processor_key else None
     known = _read_facts(path) if path else {}
     found: dict[str, list] = {}
 
-    def measure(index: int) -> SampleFacts:
-        record = source[index]
+    def measure(index: int) -> SampleFacts | Failure:
+        try:
+            record = source[index]
+        except QwenVLError as error:
+            return Failure(f"record {index}", str(error))
         key = sample_key(record, processor_key)
         entry = known.get(key) if key else None
         if entry is None:
             try:
                 facts = processor.measure(record.messages)
             except QwenVLError as error:
-                raise DataError(f"{record.where}: {error}") from error
+                return Failure(f"{record.where} ({record.id})", f"{record.where}: {error}")
             # Equal frames follow each other: (patches in a frame, how many frames).
             entry = [facts.tokens, facts.loss_tokens, [[h * w, t] for t, h, w in facts.grids]]
         if key:

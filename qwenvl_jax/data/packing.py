@@ -104,7 +104,7 @@ def check_fits(facts: Iterable[SampleFacts], shape: BatchShape) -> None:
     """
     problems = []
     for sample in facts:
-        problem = _misfit(sample, shape)
+        problem = misfit(sample, shape)
         if problem:
             problems.append(f"{sample.name} {problem}")
     if problems:
@@ -112,7 +112,8 @@ def check_fits(facts: Iterable[SampleFacts], shape: BatchShape) -> None:
         raise DataError(problems[0] + more)
 
 
-def _misfit(sample: SampleFacts, shape: BatchShape) -> str | None:
+def misfit(sample: SampleFacts, shape: BatchShape) -> str | None:
+    """Why a sample can never stand in a batch of this shape, or has nothing to learn; None if it can and has."""
     if sample.tokens > shape.length:
         return (
             f"has {sample.tokens} tokens, but a row has batch.length={shape.length}; raise batch.length, or take "

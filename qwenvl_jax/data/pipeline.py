@@ -22,9 +22,10 @@ from absl import flags
 from qwenvl_jax.batch import Batch
 from qwenvl_jax.data.collate import collate
 from qwenvl_jax.data.facts import file_state
+from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import Plan
-from qwenvl_jax.data.sample import Sample
+from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.data.sources import Source
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
 
@@ -44,7 +45,7 @@ class Loaded:
     digest: bytes
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["batch"], meta_fields=["tokens", "hash"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["batch"], meta_fields=["tokens", "hash", "failed"])
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
     """A batch of the plan.
@@ -53,11 +54,13 @@ class PlannedBatch:
       batch: NumPy arrays of the plan's shape.
       tokens: slots that hold a token, padding left out.
       hash: sha256, in hex, over row, span, name, tokens and pixels of each sample in order.
+      failed: planned samples that are not in it, since they could not be made.
     """
 
     batch: Batch
     tokens: int
     hash: str
+    failed: tuple[Failure, ...] = ()
 
 
 class SampleCache:
@@ -111,7 +114,7 @@ class SampleCache:
 
         try:
             sample = self._processor.sample(record.messages, read=read)
-        except QwenVLError as error:
+        except (QwenVLError, OSError) as error:  # a file that has gone, too
             raise DataError(f"{record.where}: {error}") from error
         digest = hashlib.sha256()
         for array in (sample.tokens, sample.targets, sample.loss_weights, *patches):
@@ -147,9 +150,11 @@ def _on_disk(path: Path, decode: Callable[[], np.ndarray]) -> np.ndarray:
 class BatchLoader:
     """Makes the batch of a step: `loader(n) -> PlannedBatch`.
 
+    A sample that cannot be made, or that is not what was measured, is told in `failed`. Its tokens are missing from the
+    row, and its frames are black: so the others lie where the plan knows that they fit.
+
     Raises:
       ConfigError: vision rows that do not hold whole merged tokens.
-      DataError: (on call) a sample that cannot be processed, or that is not what was measured.
     """
 
     def __init__(self, plan: Plan, samples: SampleCache, processor):
@@ -161,11 +166,17 @@ class BatchLoader:
             raise ConfigError(f"batch.vision={plan.shape.vision}: patches in a row must be a multiple of {block}.")
 
     def __call__(self, step: int) -> PlannedBatch:
-        rows, digest, tokens = [], hashlib.sha256(), 0
+        rows, digest, tokens, failed = [], hashlib.sha256(), 0, []
         for row, indices in enumerate(self.plan[step]):
             start, samples = 0, []
             for index in indices:
-                loaded = self._checked(index)
+                try:
+                    loaded = self._checked(index)
+                except QwenVLError as error:
+                    failed.append(Failure(self.plan.facts[index].name, str(error)))
+                    digest.update(f"{row} {start} failed {self.plan.facts[index].name}\n".encode())
+                    samples.append(self._black(index))
+                    continue
                 end = start + len(loaded.sample.tokens)
                 digest.update(f"{row} {start} {end} {loaded.id}\n".encode() + loaded.digest)
                 samples.append(loaded.sample)
@@ -180,7 +191,15 @@ class BatchLoader:
             vision_shape=shape.vision,
             **self._fixed,
         )
-        return PlannedBatch(batch, tokens, digest.hexdigest())
+        return PlannedBatch(batch, tokens, digest.hexdigest(), tuple(failed))
+
+    def _black(self, index: int) -> Sample:
+        """A sample of no token with black frames of the sizes that were measured."""
+        m, dim = self._fixed["merge_size"], self._fixed["patch_dim"]
+        grids = [(1, m, patches // m) for patches in self.plan.facts[index].frames]
+        media = tuple(Media("image", np.zeros((h * w, dim), np.uint8), (1, h, w)) for _, h, w in grids)
+        none = np.empty(0, np.int32)
+        return Sample(none, np.empty((0, 3), np.int32), none, np.empty(0, np.float32), none, media)
 
     def _checked(self, index: int) -> Loaded:
         loaded, facts = self.samples[index], self.plan.facts[index]

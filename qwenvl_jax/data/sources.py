@@ -118,6 +118,23 @@ class JoinedSources:
         return self._sources[number][index - begin]
 
 
+class Subset:
+    """Some records of a source.
+
+    Args:
+      indices: which, in order.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self._source, self._indices = source, np.asarray(indices, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[int(self._indices[index])]
+
+
 def open_source(source) -> Source:
     """Opens a JSONL file by its path, several files by a tuple or list of paths, or wraps an object.
 

@@ -14,7 +14,9 @@ from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.errors import ConfigError
 
 # Settings that say how a run is carried out, not what it computes.
-RUNTIME_FIELDS = frozenset({"cache_bytes", "cache_dir", "threads", "workers", "prefetch", "keep_checkpoints"})
+RUNTIME_FIELDS = frozenset(
+    {"cache_bytes", "cache_dir", "threads", "workers", "prefetch", "keep_checkpoints", "max_failed"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,8 @@ class DataConfig:
       threads: that make batches; 0 makes them between the steps.
       workers: processes that make batches, each with caches and threads of its own; 0 stays in this one.
       prefetch: batches made ahead.
+      max_failed: share of the samples that may fail (a damaged file, say) and be left out, each told and written to the
+        run's `quarantine.jsonl`; with more the run stops.
     """
 
     source: Any = ""
@@ -40,6 +44,11 @@ class DataConfig:
     threads: int = 1
     workers: int = 0
     prefetch: int = 2
+    max_failed: float = 0.02
+
+    def __post_init__(self):
+        if not 0 <= self.max_failed <= 1:
+            raise ConfigError(f"data.max_failed={self.max_failed} must be a share, from 0 to 1.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,19 +6,21 @@ Steps count through the whole run; a stage covers those after its `begin` up to 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qwenvl_jax.data.facts import facts_digest, measure_source, processor_key
+from qwenvl_jax.data.facts import facts_digest, measure_each, processor_key
+from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.kept import Kept
-from qwenvl_jax.data.packing import Plan
+from qwenvl_jax.data.packing import Plan, SampleFacts, misfit
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
-from qwenvl_jax.data.sources import open_source
+from qwenvl_jax.data.sources import Subset, open_source
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.train.config import StageConfig, TrainConfig
+from qwenvl_jax.train.quarantine import FILE, check_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Stage:
       begin, end: steps of the run done before it, and after it.
       loader: makes the batch of each of its steps.
       digest: sha256, in hex, of the data that its plan follows from.
+      samples: how many the data has.
+      failures: those of them that are left out of the plan.
     """
 
     config: StageConfig
@@ -39,6 +43,8 @@ class Stage:
     end: int
     loader: BatchLoader
     digest: str
+    samples: int
+    failures: tuple[Failure, ...]
 
     def batches(self):
         """A new Grain iterator over the batches of the stage, from its first step."""
@@ -52,9 +58,10 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
     """Measures and plans the data of every stage, so that a run that cannot go through does not begin.
 
     Stages over the same data share its facts; stages with the same `cache_bytes` share that room and what is in it.
+    Samples that are malformed, or can never fit the stage's batches, are left out, as long as they are few.
 
     Raises:
-      DataError: data that is missing, malformed, or can never fit the stage's batches; names the stage.
+      DataError: data that is missing, or too many samples that cannot be used; names the stage.
       ConfigError: a stage cannot carry the optimizer of the one before.
     """
     stages: list[Stage] = []
@@ -68,9 +75,17 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
             if name not in seen:
                 say(f"{stage.name}: measuring the data")
                 source = open_source(stage.data.source)
-                facts = measure_source(source, processor, processor_key=key, cache=_beside(stage.data.source))
-                seen[name] = source, facts, facts_digest(facts, source)
-            source, facts, digest = seen[name]
+                entries = measure_each(source, processor, processor_key=key, cache=_beside(stage.data.source))
+                seen[name] = source, entries, {}
+            source, entries, digests = seen[name]
+            failures = tuple(_failures(entries, stage))
+            check_share(failures, len(entries), stage.data.max_failed)
+            used = [i for i, one in enumerate(entries) if not isinstance(one, Failure) and not misfit(one, stage.batch)]
+            facts = tuple(entries[i] for i in used)
+            if len(facts) < len(entries):
+                source = Subset(source, used)
+            if failures not in digests:
+                digests[failures] = facts_digest(facts, source)
             # Two streams of the same data in one run are shuffled apart.
             seed = int(np.random.SeedSequence([config.seed, index]).generate_state(1, np.uint64)[0])
             plan = Plan(facts, stage.batch, seed=seed, window=stage.data.window, shuffle=stage.data.shuffle)
@@ -82,11 +97,23 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
         end = begin + stage.steps
-        stages.append(Stage(stage, index, begin, end, loader, digest))
+        stages.append(Stage(stage, index, begin, end, loader, digests[failures], len(entries), failures))
         tokens = sum(sample.tokens for sample in facts)
         say(f"{stage.name}: {len(facts)} samples of {tokens / len(facts):.0f} tokens on average, {stage.steps} steps")
+        if failures:
+            count = f"{len(failures)} of {len(entries)} samples are left out"
+            say(f"{stage.name}: {count}, see {FILE}; the first: {failures[0].reason}")
         begin = end
     return tuple(stages)
+
+
+def _failures(entries: Iterable[SampleFacts | Failure], stage: StageConfig) -> Iterator[Failure]:
+    """The samples that cannot be used in a stage."""
+    for one in entries:
+        if isinstance(one, Failure):
+            yield one
+        elif problem := misfit(one, stage.batch):
+            yield Failure(one.name, f"{one.name} {problem}".rstrip("."))
 
 
 def _beside(source) -> Path | None:

@@ -24,8 +24,9 @@ from qwenvl_jax.checkpoint import folder as folders
 from qwenvl_jax.checkpoint import source
 from qwenvl_jax.checkpoint.store import CheckpointStore, abstract_like
 from qwenvl_jax.config import QwenVLConfig
+from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.processor import Processor
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.parallel.host_memory import keep_freed_memory
 from qwenvl_jax.parallel.mesh import make_mesh
@@ -39,6 +40,7 @@ from qwenvl_jax.train.metrics import MetricsLog
 from qwenvl_jax.train.optimizer import make_optimizer
 from qwenvl_jax.train.overrides import apply_overrides
 from qwenvl_jax.train.progress import Progress
+from qwenvl_jax.train.quarantine import Quarantine, check_share
 from qwenvl_jax.train.state import ModelParts, Params, TrainState
 from qwenvl_jax.train.step import make_step
 
@@ -145,6 +147,8 @@ class _Run:
         else:
             params, state = self._initial(), None
         metrics = MetricsLog(self.out / "metrics.jsonl", done)
+        planned = [(stage.config.name, failure) for stage in self.stages for failure in stage.failures]
+        self.quarantine = Quarantine(self.out, planned, done)
         with contextlib.closing(metrics), _stop_signals() as stop:
             for stage in self.stages:
                 if done >= stage.end or stop.is_set():
@@ -179,6 +183,7 @@ class _Run:
         compiled = None
         while done < stage.end and not stop.is_set():
             planned = next(iterator)
+            self._leave_out(stage, done + 1, planned.failed)
             batch = shard_batch(planned.batch, self.mesh)
             if compiled is None:
                 compiled = self._compile(stage, state, frozen, batch)
@@ -191,6 +196,20 @@ class _Run:
         if stop.is_set():
             save()
         return state, done
+
+    def _leave_out(self, stage: Stage, step: int, failures: Sequence[Failure]) -> None:
+        """Tells of samples that a step could not use, and stops when a stage has too many.
+
+        Raises:
+          DataError: more than its `data.max_failed`.
+        """
+        name = stage.config.name
+        for failure in self.quarantine.add(name, step, failures):
+            self.say(f"step {step}: left out, and written to {self.quarantine.path}: {failure.reason}")
+        try:
+            check_share(self.quarantine.of(name) if failures else (), stage.samples, stage.config.data.max_failed)
+        except DataError as error:
+            raise DataError(f"stage {name}, step {step}: {error}") from error
 
     def _written(self, line: dict[str, Any] | None) -> None:
         if line is None:

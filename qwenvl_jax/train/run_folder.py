@@ -3,6 +3,7 @@
 config.json      the settings that the numbers follow from
 metrics.jsonl    one line a step
 train.log        what the run said
+quarantine.jsonl samples that could not be used, and why; see `qwenvl_jax.train.quarantine`
 checkpoints/     by step, see `qwenvl_jax.checkpoint.store`
 model/           the trained model in the public layout, when the run is done
 """
