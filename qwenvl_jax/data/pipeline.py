@@ -2,7 +2,8 @@
 
     plan[n] -> samples (media decoded once, kept) -> collate -> Batch      by Grain's threads or worker processes
 
-The iterator's state is Grain's own and small; a run that resumes from it reads no sample that it does not need.
+A batch follows from the number of its step alone, so a run that goes on begins at that number, with as many threads and
+workers as it likes, and reads no sample that it does not need.
 """
 
 import dataclasses
@@ -212,11 +213,10 @@ class BatchLoader:
         return loaded
 
 
-def batches(loader: BatchLoader, steps: int, *, threads: int = 2, workers: int = 0, prefetch: int = 4):
-    """A Grain iterator over the batches of steps 0 to `steps - 1`.
+def batches(loader: BatchLoader, steps: int, *, first: int = 0, threads: int = 2, workers: int = 0, prefetch: int = 4):
+    """A Grain iterator over the batches of steps `first` to `steps - 1`.
 
-    Its `get_state()` after n batches, handed to `set_state()` of a new one, continues with batch n. The content of the
-    batches depends on neither `threads`, `workers` nor `prefetch`.
+    The content of the batches depends on neither `first`, `threads`, `workers` nor `prefetch`.
 
     Args:
       threads: that make batches, in each process; 0 makes them in the caller's.
@@ -225,7 +225,7 @@ def batches(loader: BatchLoader, steps: int, *, threads: int = 2, workers: int =
     """
     ahead = max(prefetch, threads) if threads else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    dataset = grain.MapDataset.range(steps).map(loader).to_iter_dataset(options)
+    dataset = grain.MapDataset.range(first, steps).map(loader).to_iter_dataset(options)
     if workers:
         # Grain's workers read absl's flags, which a program that has its own command line never parses.
         if not flags.FLAGS.is_parsed():

@@ -46,11 +46,16 @@ class Stage:
     samples: int
     failures: tuple[Failure, ...]
 
-    def batches(self):
-        """A new Grain iterator over the batches of the stage, from its first step."""
+    def batches(self, done: int):
+        """A new Grain iterator over the batches of the stage that follow step `done` of the run."""
         data = self.config.data
         return batches(
-            self.loader, self.config.steps, threads=data.threads, workers=data.workers, prefetch=data.prefetch
+            self.loader,
+            self.config.steps,
+            first=done - self.begin,
+            threads=data.threads,
+            workers=data.workers,
+            prefetch=data.prefetch,
         )
 
 

@@ -138,9 +138,9 @@ class _Run:
     def go(self, store: CheckpointStore) -> RunResult:
         """Restores or begins, goes through the stages that are left, and writes the model."""
         place = store.progress()
-        done, iterator_state = 0, None
+        done = 0
         if place:
-            done, iterator_state = place["step"], place["iterator"]
+            done = place["step"]
             params, state = self._restore(store, place)
             self.progress.resume(done)
             self.say(f"continuing after step {done} of {self.config.steps}")
@@ -154,12 +154,12 @@ class _Run:
                 if done >= stage.end or stop.is_set():
                     continue
                 if done == stage.begin:
-                    state, iterator_state = self._fresh_state(stage, params, state), None
+                    state = self._fresh_state(stage, params, state)
                 assert state is not None  # restored, or begun with the stage
                 frozen = {name: value for name, value in params.items() if name not in state.params}
                 # The step takes the arrays that learn: nothing else may hold them.
                 del params
-                state, done = self._run_stage(stage, state, frozen, done, iterator_state, store, metrics, stop)
+                state, done = self._run_stage(stage, state, frozen, done, store, metrics, stop)
                 params = frozen | state.params
         store.wait()
         if done < self.config.steps:
@@ -167,17 +167,16 @@ class _Run:
             return RunResult(self.out, done, self.config.steps, None)
         return RunResult(self.out, done, self.config.steps, self._export(params))
 
-    def _run_stage(self, stage: Stage, state, frozen, done: int, iterator_state, store, metrics, stop):
+    def _run_stage(self, stage: Stage, state, frozen, done: int, store, metrics, stop):
         """Takes the steps of a stage that are left, until its end or a stop; returns (state, steps done)."""
-        iterator = stage.batches()
-        if iterator_state is not None:
-            iterator.set_state(iterator_state)
+        iterator = stage.batches(done)
 
         def save():
             # The lines of the steps that the checkpoint holds are on disk before it is.
             self._written(metrics.flush())
             metrics.sync()
-            place = {"stage": stage.index, "iterator": iterator.get_state()}
+            # The place in the data: how many batches of which stage were taken.
+            place = {"stage": stage.index, "batches": done - stage.begin}
             store.save(done, {"state": state, "frozen": frozen}, place)
 
         compiled = None

@@ -23,6 +23,7 @@ def small(monkeypatch):
     alone = MeshConfig(fsdp=1)
     monkeypatch.setattr(curriculum, "run_config", lambda *args: dataclasses.replace(whole(*args), mesh=alone))
     monkeypatch.setattr(run, "QUESTIONS", 5)
+    monkeypatch.setattr(run, "BLANK_QUESTIONS", 8)
     monkeypatch.setattr(run, "VALIDATION_CLIPS", 3)
 
 
