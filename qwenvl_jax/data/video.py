@@ -228,6 +228,42 @@ def read_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[np.ndarray]:
     _check_shown(info, sent, messages)
 
 
+def read_small(info: VideoInfo, *, step: int, side: int) -> Iterator[np.ndarray]:
+    """Decodes every `step`-th frame at a small size, one after the other; only one is held at a time.
+
+    Args:
+      info: of the file, from `probe`.
+      step: frames from one to the next.
+      side: of what comes, in pixels; each is the mean of its part of the frame, whatever the frame's shape.
+
+    Yields:
+      u8[side, side, 3] RGB for frames 0, step, 2 * step and so on.
+
+    Raises:
+      MediaError: a frame cannot be decoded, or there are fewer or more than the file's index says.
+    """
+    command = _command(
+        info.path,
+        select=f"not(mod(n,{step}))",
+        size=f"{side}x{side}",
+        format="rawvideo",
+        pix_fmt="rgb24",
+        **keep_timestamps(),
+    )
+    expected = len(range(0, len(info.ticks), step))
+    with _Child(command, info.path, TIME_LIMIT_SECONDS + 2 * info.duration) as child:
+        for n in range(expected):
+            data = child.stdout.read(side * side * 3)
+            if len(data) < side * side * 3:
+                child.finish()
+                raise MediaError(
+                    f"video {info.path} is damaged: of {expected} frames asked for, {n} came; re-encode it with "
+                    "`ffmpeg -i IN OUT.mp4`."
+                )
+            yield np.frombuffer(data, np.uint8).reshape(side, side, 3)
+        child.finish()
+
+
 def _one_of(numbers: list[int]) -> str:
     """ffmpeg's expression for n being one of these: a search tree, since it refuses a sum of more than 100 terms."""
     if len(numbers) == 1:
@@ -256,16 +292,23 @@ def _check_shown(info: VideoInfo, sent: np.ndarray, messages: str):
         )
 
 
-def _command(path: Path, *, select: str | None = None, **output) -> list[str]:
-    """ffmpeg's command line over the video stream of one local file; `select` picks frames and logs their times."""
+def _command(path: Path, *, select: str | None = None, size: str | None = None, **output) -> list[str]:
+    """ffmpeg's command line over the video stream of one local file.
+
+    Args:
+      select: which frames; their times are logged.
+      size: "width x height" in pixels to scale them to, such as "32x32"; nothing is logged then.
+    """
     import ffmpeg
 
     source = ffmpeg.input(f"file:{path.absolute()}", protocol_whitelist="file,pipe", format_whitelist=DEMUXERS)
     stream = source["V:0"]  # upper case: no cover pictures
     if select is not None:
-        stream = stream.filter("select", select).filter(
-            "showinfo", **({} if ffmpeg_version() < (4, 3) else {"checksum": 0})
-        )
+        stream = stream.filter("select", select)
+        if size is None:
+            stream = stream.filter("showinfo", **({} if ffmpeg_version() < (4, 3) else {"checksum": 0}))
+        else:
+            stream = stream.filter("scale", size=size, flags="area")
     options = ["-nostdin", "-hide_banner", "-nostats", "-xerror", "-copyts", "-loglevel", "level+info"]
     return [ffmpeg_program(), *options, *ffmpeg.get_args(ffmpeg.output(stream, "pipe:", **output))]
 
@@ -316,8 +359,9 @@ class _Child:
             )
         if surplus:
             raise MediaError(f"video {self._path} is damaged: it has more frames than its index; re-encode it.")
+        length = self._log.seek(0, 2)  # a read sets aside as much as it is asked for
         self._log.seek(0)
-        messages = self._log.read(MAX_LISTING_BYTES).decode("utf-8", "replace")
+        messages = self._log.read(min(length, MAX_LISTING_BYTES)).decode("utf-8", "replace")
         _raise_for(self._path, code, messages)
         return messages
 
