@@ -19,6 +19,8 @@ import jinja2.sandbox
 import numpy as np
 from tokenizers import Tokenizer
 
+from qwenvl_jax.data.samplers import OPTIONS as SAMPLING_OPTIONS
+from qwenvl_jax.data.samplers import SAMPLERS
 from qwenvl_jax.errors import CheckpointError, ConversationError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -34,8 +36,19 @@ PART_KEYS = {
         "max_frames",
         "min_pixels",
         "max_pixels",
+        "max_frame_tokens",
+        "max_video_tokens",
+        "min_fps",
+        "max_fps",
+        "sampler",
+        "start",
+        "end",
+        "timestamps",
     ),
 }
+# Options that may be fractions; options that are checked apart; the rest are positive whole numbers.
+_FRACTIONS = ("fps", "min_fps", "max_fps")
+_OTHERWISE = ("sampler", "start", "end", "timestamps")
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
 
 
@@ -85,17 +98,65 @@ def _check_part(part: Any, role: str, where: str):
             f"{where} is {kind} in a message of the {role}; only user and tool messages show media."
         )
     for key in PART_KEYS[kind][2:]:
-        value, whole = part.get(key), key != "fps"
+        if key in _OTHERWISE:
+            continue
+        value, whole = part.get(key), key not in _FRACTIONS
         number = isinstance(value, (int, np.integer) if whole else (int, float, np.number)) and value is not True
         if value is not None and not (number and 0 < value < float("inf")):
             raise ConversationError(
                 f"{where} must have a positive {'whole ' if whole else ''}number under '{key}', got {_show(value)}."
             )
-    for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+    for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("min_fps", "max_fps")):
         if part.get(low) is not None and part.get(high) is not None and part[low] > part[high]:
             raise ConversationError(f"{where} has {low}={part[low]} above {high}={part[high]}; swap or drop one.")
-    if part.get("fps") is not None and part.get("num_frames") is not None:
+    if kind == "video":
+        _check_sampling(part, where)
+
+
+def _check_sampling(part: dict, where: str):
+    """The options of a video part that say which frames are chosen, and those that exclude each other."""
+    given = [key for key in PART_KEYS["video"] if part.get(key) is not None]
+    if "fps" in given and "num_frames" in given:
         raise ConversationError(f"{where} gives both fps and num_frames, which exclude each other; drop one.")
+    pixels = [key for key in given if key.endswith("_pixels")]
+    tokens = [key for key in given if key.endswith("_tokens")]
+    if pixels and tokens:
+        raise ConversationError(
+            f"{where} gives both {pixels[0]} and {tokens[0]}, which bound the same in pixels and in tokens; drop one."
+        )
+    name = part.get("sampler")
+    if name is None:
+        name = "uniform"
+    if not isinstance(name, str) or name not in SAMPLERS:
+        close = difflib.get_close_matches(name, SAMPLERS, n=1) if isinstance(name, str) else []
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(SAMPLERS)}."
+        raise ConversationError(f"{where} has an unknown sampler {_show(name)}; {hint}")
+    sampler = SAMPLERS[name]
+    odd = [key for key in given if key in SAMPLING_OPTIONS and key not in sampler.options]
+    if odd:
+        others = ", ".join(other for other, value in SAMPLERS.items() if odd[0] in value.options)
+        raise ConversationError(
+            f"{where} gives {odd[0]}, which the sampler '{name}' does not take; drop it, or choose one that does "
+            f"({others})."
+        )
+    if sampler.needs and sampler.needs not in given:
+        raise ConversationError(f"{where} has the sampler '{name}' without {sampler.needs}; give it.")
+    for key in ("start", "end"):
+        if part.get(key) is not None and not _is_time(part[key]):
+            raise ConversationError(
+                f"{where} must have seconds, a number not below 0, under '{key}', got {_show(part[key])}."
+            )
+    times = part.get("timestamps")
+    if times is not None and not (isinstance(times, (list, tuple)) and times and all(_is_time(t) for t in times)):
+        raise ConversationError(
+            f"{where} must have a list of seconds, numbers not below 0, under 'timestamps', got {_show(times)}."
+        )
+
+
+def _is_time(value: Any) -> bool:
+    """Whether this is a number of seconds."""
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return number and 0 <= value < float("inf")
 
 
 def _check_keys(value: dict, known: tuple[str, ...], where: str):
@@ -193,6 +254,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, str) else "(media)"
+
+
+def written_time(seconds: float) -> str:
+    """How a temporal patch's time stands in the text, in generations that write it: `<3.0 seconds>`."""
+    return f"<{seconds:.1f} seconds>"
 
 
 @dataclasses.dataclass(frozen=True)

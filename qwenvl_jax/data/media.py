@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qwenvl_jax.data import image, positions, sampling, video
+from qwenvl_jax.data import image, motion, positions, sampling, video
 from qwenvl_jax.data.generations import Generation
+from qwenvl_jax.data.samplers import OPTIONS, SAMPLERS, Choice, Wish, clip_of
 from qwenvl_jax.data.settings import MediaConfig
 from qwenvl_jax.errors import ConversationError, MediaError
 
@@ -28,6 +29,7 @@ class Opened:
       times: seconds of each temporal patch, the mean of its frames; empty for an image.
       steps: i32[t], time positions from the start of the medium, where they tell absolute time; else None.
       load: decodes; returns u8[t*h*w, 3*tau*P*P].
+      choice: the frames of a video file, and why they were chosen; else None.
     """
 
     part: dict
@@ -36,6 +38,7 @@ class Opened:
     times: tuple[float, ...]
     steps: np.ndarray | None
     load: Callable[[], np.ndarray]
+    choice: Choice | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,7 @@ class _Frames:
       even: whether they follow each other evenly.
       fps: frames chosen in a second of the whole clip, None where its duration is unknown.
       read: yields u8[height, width, 3] for each.
+      choice: of a file's frames.
     """
 
     times: np.ndarray
@@ -55,6 +59,7 @@ class _Frames:
     even: bool
     fps: float | None
     read: Callable[[], Iterable[np.ndarray]]
+    choice: Choice | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,9 @@ class MediaOpener:
     tokens_per_second: float
 
     def open(self, part: dict) -> Opened:
-        """Chooses frames and size of the image or video of a part, decoding nothing.
+        """Chooses frames and size of the image or video of a part.
+
+        Nothing is decoded, except by samplers that go by motion: those decode the file once at a small size.
 
         Raises:
           MediaError: it cannot be used, and why; named by its file.
@@ -109,6 +116,8 @@ class MediaOpener:
             factor=config.factor,
             temporal_factor=config.temporal_patch_size,
             cap_tokens=config.cap_tokens,
+            max_frame_tokens=part.get("max_frame_tokens"),
+            max_video_tokens=part.get("max_video_tokens"),
             **_pixel_bounds(part, config),
         )
         times = sampling.group_times(frames.times, config.temporal_patch_size)
@@ -123,14 +132,13 @@ class MediaOpener:
             return self._patches(clip)
 
         grid = (len(times), height // config.patch_size, width // config.patch_size)
-        return Opened(part, "video", grid, times, self._steps(frames), load)
+        return Opened(part, "video", grid, times, self._steps(frames), load, frames.choice)
 
     def _frames_of(self, part: dict) -> _Frames:
-        """The frames of a video that are looked at: chosen by the generation's rule, or by the caller."""
-        config, source = self.video, part["video"]
-        chosen = {key: part.get(key) for key in ("fps", "num_frames", "min_frames", "max_frames")}
+        """The frames of a video that are looked at: chosen by a sampler, or by the caller."""
+        source = part["video"]
         if isinstance(source, video.VideoFrames):
-            given = [key for key, value in chosen.items() if value is not None]
+            given = [key for key in (*OPTIONS, "sampler", "start", "end") if part.get(key) is not None]
             if given:
                 raise ConversationError(
                     f"the frames of qv.VideoFrames are used as they are; drop {' and '.join(given)}."
@@ -149,19 +157,32 @@ class MediaOpener:
                 "times of bare frames are unknown and never guessed."
             )
         info = video.probe(source)
-        if chosen["fps"] is None and chosen["num_frames"] is None:
-            chosen["fps"] = config.fps
-        low, high = chosen["min_frames"], chosen["max_frames"]
-        chosen["min_frames"] = low or min(config.min_frames, high or config.min_frames)
-        chosen["max_frames"] = high or max(config.max_frames, low or config.max_frames)
-        indices = self.generation.sampling[self.dialect](len(info.times), info.fps, **chosen)
+        sampler = SAMPLERS[part.get("sampler") or "uniform"]
+        clip = clip_of(info, part.get("start"), part.get("end"))
+        scores = motion.motion_scores(info).part(clip.first, clip.first + len(clip.times)) if sampler.motion else None
+        choice = sampler.choose(clip, scores, self._wish(part, by_default=sampler.even))
         return _Frames(
-            times=info.times[indices],
+            times=choice.times,
             size=(info.height, info.width),
-            even=info.constant_rate,
-            fps=len(indices) / len(info.times) * info.fps,
-            read=lambda: video.read_frames(info, indices),
+            even=sampler.even and info.constant_rate,
+            fps=len(choice.indices) / len(clip.times) * clip.fps,
+            read=lambda: video.read_frames(info, choice.indices),
+            choice=choice,
         )
+
+    def _wish(self, part: dict, *, by_default: bool) -> Wish:
+        """What a part asks of its sampler; the folder's where it says nothing, its `fps` only `by_default`."""
+        config = self.video
+        given = {key: part[key] for key in OPTIONS if part.get(key) is not None}
+        if by_default and "fps" not in given and "num_frames" not in given:
+            given["fps"] = config.fps
+        low, high = given.get("min_frames"), given.get("max_frames")
+        given["min_frames"] = low or min(config.min_frames, high or config.min_frames)
+        given["max_frames"] = high or max(config.max_frames, low or config.max_frames)
+        slow, fast = given.get("min_fps"), given.get("max_fps")
+        given["min_fps"] = slow or min(Wish.min_fps, fast or Wish.min_fps)
+        given["max_fps"] = fast or max(Wish.max_fps, slow or Wish.max_fps)
+        return Wish(self.generation.sampling[self.dialect], **given)
 
     def _steps(self, frames: _Frames) -> np.ndarray | None:
         """Time positions of a video's temporal patches, where they tell absolute time.

@@ -57,6 +57,7 @@ class Processor:
       window: side of an attention window of the tower in merged tokens, 0 for a tower without windows.
       tokens_per_second: time positions in a second of a video, where positions tell absolute time (Qwen2.5-VL); else 1.
       patch_dim: bytes in a patch.
+      opener: `qwenvl_jax.data.media.MediaOpener`, which chooses the frames and sizes of media.
     """
 
     def __init__(self, settings: Settings):
@@ -83,7 +84,7 @@ class Processor:
         self.merge_size, self.window = self.image.merge_size, settings.window
         self.tokens_per_second = settings.tokens_per_second
         self.patch_dim = 3 * self.image.temporal_patch_size * self.image.patch_size**2
-        self._opener = MediaOpener(self.image, self.video, self.generation, self.dialect, self.tokens_per_second)
+        self.opener = MediaOpener(self.image, self.video, self.generation, self.dialect, self.tokens_per_second)
         for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             wanted, found = settings.model_config.get(key), getattr(self, key)
             if wanted is not None and wanted != found:
@@ -180,7 +181,7 @@ class Processor:
         return dataclasses.replace(sample, media=media)
 
     def measure(self, conversation: list[dict], add_generation_prompt: bool = False) -> Facts:
-        """What `sample` would give, without decoding a pixel.
+        """What `sample` would give, without decoding a pixel (a sampler that goes by motion decodes small ones).
 
         Raises:
           ConversationError, MediaError: as `sample`, except for damage that only decoding shows.
@@ -249,7 +250,7 @@ class Processor:
         opened = []
         for where, part in chat.parts_of(conversation, ("image", "video")):
             try:
-                opened.append(self._opener.open(part))
+                opened.append(self.opener.open(part))
             except (MediaError, ConversationError) as error:
                 raise type(error)(f"{where}: {error}") from error
         return opened
@@ -316,7 +317,7 @@ class Processor:
                 pieces += [before, pad]
                 continue
             frames = "".join(
-                f"<{seconds:.1f} seconds>{_VISION_START}{_VIDEO_PAD}{_VISION_END}" for seconds in one.times
+                f"{chat.written_time(seconds)}{_VISION_START}{_VIDEO_PAD}{_VISION_END}" for seconds in one.times
             )
             if self.dialect == "official" and before.endswith(_VISION_START) and text.startswith(_VISION_END, place):
                 before, place = before.removesuffix(_VISION_START), place + len(_VISION_END)

@@ -166,6 +166,8 @@ def clip_size(
     min_pixels: int,
     max_pixels: int,
     cap_tokens: int | None = None,
+    max_frame_tokens: int | None = None,
+    max_video_tokens: int | None = None,
 ) -> tuple[int, int]:
     """Height and width that the frames of a clip are resized to; the budgets count pixels of the whole clip.
 
@@ -175,12 +177,23 @@ def clip_size(
       temporal_factor: frames in a temporal patch.
       min_pixels, max_pixels: bounds of frames * height * width.
       cap_tokens: merged tokens that a frame has at most (unless `min_pixels` asks for more), or None.
+      max_frame_tokens: takes the place of `cap_tokens`, and goes before `min_pixels`.
+      max_video_tokens: merged tokens of the clip at most, in place of `max_pixels`; goes before `min_pixels`.
 
     Raises:
-      MediaError: fewer frames than a temporal patch holds, or a side ratio over 200.
+      MediaError: fewer frames than a temporal patch holds, a side ratio over 200, or more tokens than asked for even
+        when frames are as small as they can be.
 
     Reference: `smart_resize` of transformers 5.23's Qwen3-VL video processor.
     """
+    asked = _token_share(n_frames, temporal_factor, max_frame_tokens, max_video_tokens)
+    if asked is not None:
+        # The rule below counts an odd number of frames as one more or one less, and divides by their own number.
+        counted = min(n_frames, round(n_frames / temporal_factor) * temporal_factor)
+        bound = asked * factor**2 * counted
+        max_pixels = bound if max_video_tokens is not None else min(bound, max_pixels)
+        min_pixels = min(min_pixels, max_pixels)
+        cap_tokens = None if max_frame_tokens is not None else cap_tokens
     if cap_tokens is not None:
         share = min(cap_tokens * factor**2, max_pixels // n_frames)
         max_pixels = max(share, int(min_pixels * 1.05)) * n_frames
@@ -203,6 +216,7 @@ def clip_size(
         beta = math.sqrt(min_pixels / (n_frames * height * width))
         new_height = math.ceil(height * beta / factor) * factor
         new_width = math.ceil(width * beta / factor) * factor
+    _check_share(new_height, new_width, factor, asked)
     return new_height, new_width
 
 
@@ -216,6 +230,8 @@ def frame_size(
     min_pixels: int,
     max_pixels: int,
     cap_tokens: int | None = None,
+    max_frame_tokens: int | None = None,
+    max_video_tokens: int | None = None,
 ) -> tuple[int, int]:
     """Height and width that the frames of a video are resized to, each as an image; the budgets count a frame's pixels.
 
@@ -225,16 +241,58 @@ def frame_size(
       min_pixels, max_pixels: bounds of height * width.
       cap_tokens: length of a context of which the whole video takes at most nine tenths (unless `min_pixels` asks for
         more), or None.
+      max_frame_tokens: merged tokens of a frame at most, in place of `max_pixels`; goes before `min_pixels`.
+      max_video_tokens: merged tokens of the video at most, in place of `cap_tokens`; goes before `min_pixels`.
 
     Raises:
-      MediaError: a side of zero, or a side ratio over 200.
+      MediaError: a side of zero, a side ratio over 200, or more tokens than asked for even when frames are as small as
+        they can be.
 
     Reference: `Qwen2VLVideoProcessor.resize` of transformers 5.23.
     """
+    asked = _token_share(n_frames, temporal_factor, max_frame_tokens, max_video_tokens)
+    if asked is not None:
+        bound = asked * factor**2
+        max_pixels = bound if max_frame_tokens is not None else min(bound, max_pixels)
+        min_pixels = min(min_pixels, max_pixels)
+        cap_tokens = None if max_video_tokens is not None else cap_tokens
     if cap_tokens is not None:
         share = int(cap_tokens * factor * factor * 0.9) * temporal_factor // n_frames
         max_pixels = max(min(max_pixels, share), int(min_pixels * 1.05))
-    return smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+    size = smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+    _check_share(*size, factor, asked)
+    return size
+
+
+def _token_share(
+    n_frames: int, temporal_factor: int, max_frame_tokens: int | None, max_video_tokens: int | None
+) -> int | None:
+    """Merged tokens that a temporal patch has at most, by a cap on frames, on the video, or both; None without.
+
+    A temporal patch has as many tokens as one of its frames would have alone, so a frame's cap is one on each of them.
+
+    Raises:
+      MediaError: a cap on the video that leaves a temporal patch no token.
+    """
+    groups = -(-n_frames // temporal_factor)
+    if max_video_tokens is not None and max_video_tokens < groups:
+        raise MediaError(
+            f"max_video_tokens={max_video_tokens} is less than a token for each of the {groups} temporal patches that "
+            f"{n_frames} frames make; raise it, or take fewer frames."
+        )
+    of_video = None if max_video_tokens is None else max_video_tokens // groups
+    given = [cap for cap in (max_frame_tokens, of_video) if cap is not None]
+    return min(given) if given else None
+
+
+def _check_share(height: int, width: int, factor: int, asked: int | None):
+    """Raises MediaError if a frame of this size has more merged tokens than were asked for."""
+    tokens = (height // factor) * (width // factor)
+    if asked is not None and tokens > asked:
+        raise MediaError(
+            f"frames have {tokens} tokens at the smallest size that keeps their shape, more than the {asked} that "
+            "max_frame_tokens or max_video_tokens leaves each; raise it, or take fewer frames."
+        )
 
 
 def group_times(times: np.ndarray, temporal_patch_size: int) -> tuple[float, ...]:
