@@ -84,9 +84,9 @@ def _dispatch(arguments: list[str]) -> int:
     if options.command == "train":
         options.overrides = rest
     elif rest:
-        known = commands[options.command].options()
+        used = getattr(options, "parser", commands[options.command])  # a command's own command names itself
         odd = next((argument for argument in rest if argument.startswith("-")), rest[0])
-        raise _UsageError(_unknown("argument", odd, known) + f"; see `{PROG} {options.command} --help`.")
+        raise _UsageError(_unknown("argument", odd, used.options()) + f"; see `{used.prog} --help`.")
     return options.work(options)
 
 
@@ -111,6 +111,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_convert(commands)
     _add_export(commands)
     _add_chat(commands)
+    _add_data(commands)
     return parser, commands.choices
 
 
@@ -350,4 +351,91 @@ def _chat(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         dialect=options.dialect,
     )
+    return 0
+
+
+def _add_data(commands) -> None:
+    parser = commands.add_parser(
+        "data",
+        help="what a video becomes: which frames are taken, when, for how many tokens",
+        description="Looks at data as a model would see it.",
+        epilog=f"""examples:
+  {PROG} data frames clip.mp4
+  {PROG} data frames clip.mp4 --sampler keyframes --out sheet.png
+
+`{PROG} data COMMAND --help` tells more about each.""",
+    )
+    inner = parser.add_subparsers(dest="action", metavar="COMMAND", required=True)
+    _add_data_frames(inner)
+    parser.set_defaults(work=_data)
+
+
+def _data(options: argparse.Namespace) -> int:
+    return options.act(options)
+
+
+def _add_data_frames(commands) -> None:
+    parser = commands.add_parser(
+        "frames",
+        help="which frames of a video a sampler takes, at which times, for how many tokens",
+        description="Shows which frames of a video are looked at, when they are shown, why each was taken, what is\n"
+        "written into the prompt, and how many tokens the video takes; as a processor has it with the same options.",
+        epilog=f"""examples:
+  {PROG} data frames clip.mp4
+  {PROG} data frames clip.mp4 --sampler dynamic --budget 64 --out sheet.png
+  {PROG} data frames clip.mp4 --sampler timestamps --timestamps 1.5,3,8 --json
+  {PROG} data frames film.mp4 --start 60 --end 90 --fps 4 --model ./my-model
+
+samplers:
+  uniform     evenly, by the rule of the model's generation, 2 fps unless it says otherwise (default)
+  count       --num-frames (or --budget) frames, evenly
+  dynamic     1 to 4 fps, as much moves; --fps or --num-frames spends that many frames in this ratio
+  event       the same rates, dense within a second of cuts and where motion sets in or ends
+  keyframes   the frames on both sides of each cut, then ends and middles of shots
+  timestamps  the frame nearest to each of --timestamps
+
+Times are those of the file, from its first frame shown, also within --start and --end.
+
+--json prints one object: duration (seconds) and source_fps of the file; frames, each with index and time in the file
+and why; groups, the temporal patches, each with time, the mean of its frames, and text, what is written into the prompt
+(empty for models that write no times); grid, [t, h, w] in patches; tokens, the video's vision tokens after merging.""",
+    )
+    parser.add_argument("video", metavar="VIDEO", help="the file")
+    parser.add_argument("--sampler", metavar="NAME", help="one of those below; default: uniform")
+    parser.add_argument("--fps", metavar="X", type=float, help="frames per second, on average")
+    parser.add_argument("--num-frames", metavar="N", type=int, help="frames, exactly")
+    parser.add_argument("--budget", metavar="N", type=int, help="frames at most; of count, how many")
+    parser.add_argument("--min-frames", metavar="N", type=int, help="frames at least; default: the model's, 4")
+    parser.add_argument("--min-fps", metavar="X", type=float, help="where nothing moves; default: 1")
+    parser.add_argument("--max-fps", metavar="X", type=float, help="where most moves; default: 4")
+    parser.add_argument("--timestamps", metavar="S,S,...", type=_seconds, help="seconds in the file")
+    parser.add_argument("--start", metavar="S", type=float, help="seconds in the file from which on frames are taken")
+    parser.add_argument("--end", metavar="S", type=float, help="seconds in the file up to which frames are taken")
+    parser.add_argument("--max-frame-tokens", metavar="N", type=int, help="vision tokens of a frame at most")
+    parser.add_argument("--max-video-tokens", metavar="N", type=int, help="vision tokens of the video at most")
+    parser.add_argument("--model", metavar="NAME|PATH", help="a preset, a folder or a hub id; default: qwen3_vl_4b")
+    parser.add_argument("--json", action="store_true", help="as JSON, see below")
+    parser.add_argument("--out", metavar="FILE", help="draw frames and timeline into this file, such as sheet.png")
+    parser.set_defaults(act=_data_frames, parser=parser)
+
+
+def _seconds(text: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be seconds with commas between, as 1.5,3,8") from error
+
+
+def _data_frames(options: argparse.Namespace) -> int:
+    from qwenvl_jax.data.frames import show
+
+    names = "sampler fps num_frames min_frames min_fps max_fps timestamps start end max_frame_tokens max_video_tokens"
+    part = {name: getattr(options, name) for name in names.split()}
+    if options.budget is not None:
+        name = "num_frames" if options.sampler == "count" else "max_frames"
+        if part.get(name) is not None:
+            raise _UsageError("--budget and --num-frames say the same of the sampler count; drop one.")
+        part[name] = options.budget
+    show(options.video, model=options.model, as_json=options.json, out=options.out, **part)
     return 0
