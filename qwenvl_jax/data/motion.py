@@ -13,7 +13,7 @@ from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.video import VideoInfo, read_small
 
 SIDE = 32
-MAX_FPS = 31.0  # of a faster file, every second frame or fewer are looked at
+MAX_FPS = 61.0  # of a faster file, every second frame or fewer are looked at
 
 # Encoding alone changes small frames by less than this from one to the next, of 1.
 NOISE = 2 / 255

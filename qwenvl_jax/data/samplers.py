@@ -188,7 +188,8 @@ def _event(clip: Clip, motion: Motion | None, wish: Wish) -> Choice:
 
 
 def _keyframes(clip: Clip, motion: Motion | None, wish: Wish) -> Choice:
-    """Shot boundaries: the last frame of a shot and the first of the next, for every cut.
+    """Shot boundaries: the last frame of a shot and the first of the next, for every cut (of those that were looked at,
+    in files of more than 60 fps).
 
     Then the first and the last frame of the clip and the middle of each shot, the longest first; then, up to the number
     that `fps`, `num_frames` or `min_frames` asks for, the middle of the widest gap. Where the boundaries alone are too

@@ -81,8 +81,8 @@ def test_of_a_fast_file_some_frames_are_looked_at(tmp_path):
     lengths = [61, 40, 59]
     info = probe(write_clip(tmp_path / "fast.mp4", shots(lengths), fps="120"))
     scores = motion_scores(info)
-    assert scores.frames.tolist() == list(range(0, 160, 4))
-    assert scores.frames[cuts(scores)].tolist() == [64, 104]  # the first looked at from 61 and from 101 on
+    assert scores.frames.tolist() == list(range(0, 160, 2))
+    assert scores.frames[cuts(scores)].tolist() == [62, 102]  # the first looked at from 61 and from 101 on
 
 
 def test_a_part_counts_from_its_own_first_frame(tmp_path):
