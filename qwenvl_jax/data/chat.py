@@ -1,4 +1,4 @@
-"""Conversations: their form, the checkpoint's chat template, and which part of the rendered text is to be learnt.
+"""Conversations and tools: their form, the checkpoint's chat template, which part of the rendered text is to be learnt.
 
 A chat template is a program out of a checkpoint, so it runs in jinja's sandbox and sees plain values only. What users
 write must not turn into control tokens: the special tokens in their text are taken apart before rendering by a
@@ -11,10 +11,12 @@ import difflib
 import functools
 import json
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 import numpy as np
 from tokenizers import Tokenizer
@@ -49,6 +51,8 @@ PART_KEYS = {
 # Options that may be fractions; options that are checked apart; the rest are positive whole numbers.
 _FRACTIONS = ("fps", "min_fps", "max_fps")
 _OTHERWISE = ("sampler", "start", "end", "timestamps")
+# The names under which templates read a message's reasoning.
+_REASONING = ("reasoning_content", "thinking")
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
 
 
@@ -71,6 +75,7 @@ def check_conversation(conversation: Any):
             raise ConversationError(
                 f"{where} must have a role out of {', '.join(ROLES)}, got {_show(message.get('role'))}."
             )
+        _check_said_by_assistant(message, where)
         content = message.get("content")
         if isinstance(content, str) or (content is None and message.get("tool_calls")):
             continue
@@ -80,6 +85,55 @@ def check_conversation(conversation: Any):
             )
         for p, part in enumerate(content):
             _check_part(part, message["role"], f"{where}, part {p}")
+
+
+def _check_said_by_assistant(message: dict, where: str):
+    """The reasoning and the tool calls of a message."""
+    for key in ("reasoning_content", "tool_calls"):
+        if message.get(key) and message["role"] != "assistant":
+            raise ConversationError(f"{where} has {key} but is of the {message['role']}; only the assistant has some.")
+    reasoning, calls = message.get("reasoning_content"), message.get("tool_calls")
+    if not isinstance(reasoning, (str, type(None))):
+        raise ConversationError(f"{where} must have a str under 'reasoning_content', got {_show(reasoning)}.")
+    if not isinstance(calls, (list, tuple, type(None))):
+        raise ConversationError(f"{where} must have a list of calls under 'tool_calls', got {_show(calls)}.")
+    for c, call in enumerate(calls or ()):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ConversationError(
+                f"{where}, tool call {c} must be such as {{'name': 'crop', 'arguments': {{}}}}, within 'function' "
+                f"or not; got {_show(call)}."
+            )
+        if not isinstance(function.get("arguments", {}), (dict, str)) or not _is_json(call):
+            raise ConversationError(
+                f"{where}, tool call {c} must have arguments that are a dict of JSON values or the text of one, got "
+                f"{_show(function.get('arguments'))}."
+            )
+
+
+def check_tools(tools: Any):
+    """Raises ConversationError unless this is None or a list of functions in JSON schema.
+
+    A function has a name, within "function" (`{"type": "function", "function": {"name": ..., "parameters": ...}}`) or
+    not.
+    """
+    if not isinstance(tools, (list, tuple, type(None))):
+        raise ConversationError(f"tools must be a list of functions in JSON schema, got {_show(tools)}.")
+    for t, tool in enumerate(tools or ()):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not _is_json(tool):
+            raise ConversationError(
+                f"tool {t} must be a function in JSON schema such as {{'type': 'function', 'function': {{'name': "
+                f"'crop', 'parameters': {{...}}}}}}, got {_show(tool)}."
+            )
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _check_part(part: Any, role: str, where: str):
@@ -186,9 +240,9 @@ def parts_of(conversation: list[dict], kinds: tuple[str, ...]) -> list[tuple[str
     return found
 
 
-@functools.lru_cache(maxsize=16)
-def _compile(source: str) -> jinja2.Template:
-    """A chat template with the environment that templates on the hub are written for."""
+@functools.lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    """What chat templates on the hub are written for."""
 
     def raise_exception(message):
         raise jinja2.exceptions.TemplateError(message)
@@ -202,8 +256,16 @@ def _compile(source: str) -> jinja2.Template:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """A chat template, and the names that it reads."""
+    environment = _environment()
     try:
-        return environment.from_string(source)
+        template = environment.from_string(source)
+        return template, frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(
             f"the chat template cannot be parsed (line {error.lineno}: {error.message}); download it again."
@@ -221,28 +283,77 @@ class _GenerationTag(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def render(template: str, conversation: list[dict], *, add_generation_prompt: bool, **values) -> str:
+def render(
+    template: str,
+    conversation: list[dict],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[dict] | None = None,
+    **values,
+) -> str:
     """The text of a conversation, media standing as the template's placeholders.
 
     Args:
       template: jinja source from the checkpoint.
       conversation: as `check_conversation` wants it.
       add_generation_prompt: whether the assistant's turn is opened at the end.
-      **values: further names the template may read, such as `tools`.
+      tools: as `check_tools` wants them.
+      **values: further names that the template may read, such as `enable_thinking` or `eos_token`.
 
     Raises:
       CheckpointError: the template cannot be parsed.
-      ConversationError: the template refuses the conversation.
+      ConversationError: the template refuses the conversation, or has no place for something in it.
+
+    Reference: `render_jinja_template` of transformers, which leaves out in silence what a template has no place for.
     """
+    compiled, names = _compile(template)
+    _check_places(template, names, conversation, tools)
     try:
-        return _compile(template).render(
-            messages=[_plain(message) for message in conversation],
+        return compiled.render(
+            messages=[_for_template(message) for message in conversation],
+            tools=_plain(tools),
+            documents=None,
             add_generation_prompt=add_generation_prompt,
-            **values,
+            **_plain(values),
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConversationError(f"the checkpoint's chat template refuses the conversation: {reason}") from error
+
+
+def check_template_values(template: str, values: Any):
+    """Raises ConversationError unless this is None or a dict of names that the template reads, with JSON values."""
+    if not isinstance(values, (dict, type(None))) or not _is_json(values):
+        raise ConversationError(f"chat_template_kwargs must be a dict of JSON values, got {_show(values)}.")
+    takes = _compile(template)[1].difference(("messages", "tools", "documents", "add_generation_prompt"))
+    for name in values or ():
+        if name not in takes:
+            raise ConversationError(
+                f"chat_template_kwargs has {name!r}, which the checkpoint's chat template does not take; drop it (the "
+                f"template takes {', '.join(sorted(takes)) or 'none'})."
+            )
+
+
+def _check_places(template: str, names: frozenset[str], conversation: list[dict], tools: Sequence[dict] | None):
+    """Refuses what the template would leave out."""
+    lost = "which would be lost; leave it out, or take the chat template of a model that has one."
+    if tools and "tools" not in names:
+        raise ConversationError(f"the checkpoint's chat template has no place for tools, {lost}")
+    for m, message in enumerate(conversation):
+        if message.get("tool_calls") and "tool_calls" not in template:
+            raise ConversationError(f"message {m}: the checkpoint's chat template has no place for tool_calls, {lost}")
+        if message.get("reasoning_content") and not any(name in template for name in _REASONING):
+            raise ConversationError(
+                f"message {m}: the checkpoint's chat template has no place for reasoning_content, {lost}"
+            )
+
+
+def _for_template(message: dict) -> dict:
+    """A message as templates read it: reasoning also under its other name, calls without content with an empty one."""
+    plain = _plain(message)
+    if plain.get("reasoning_content") is not None:
+        plain = {"thinking": plain["reasoning_content"], **plain}
+    return {**plain, "content": ""} if plain.get("content", "") is None else plain
 
 
 def _plain(value: Any) -> Any:
@@ -254,11 +365,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, str) else "(media)"
-
-
-def written_time(seconds: float) -> str:
-    """How a temporal patch's time stands in the text, in generations that write it: `<3.0 seconds>`."""
-    return f"<{seconds:.1f} seconds>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,22 +400,34 @@ class TextEncoder:
         # A pickled tokenizer forgets `encode_special_tokens`.
         return TextEncoder, (self._tokenizer,)
 
-    def guard_for(self, conversation: Any) -> str:
-        """A character that occurs nowhere in the conversation, to stand inside tokens that are meant as text."""
-        text = json.dumps(_plain(list(conversation)), ensure_ascii=False)
+    def guard_for(self, *values: Any) -> str:
+        """A character that occurs in none of these values, to stand inside tokens that are meant as text."""
+        text = json.dumps(_plain(values), ensure_ascii=False)
         return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
 
     def protect(self, conversation: list[dict], guard: str) -> list[dict]:
         """The conversation with every special token in its texts taken apart by `guard`."""
 
-        def walk(value):
-            if isinstance(value, str):
-                return self._special.sub(lambda found: found[0][0] + guard + found[0][1:], value)
-            if isinstance(value, dict):
-                return {k: v if k in ("role", "type", "image", "video") else walk(v) for k, v in value.items()}
-            return [walk(item) for item in value] if isinstance(value, (list, tuple)) else value
+        def part(value):
+            if not isinstance(value, dict):
+                return self.protect_value(value, guard)
+            kept = ("type", value["type"]) if value.get("type") in ("image", "video") else ("type",)
+            return {k: v if k in kept else self.protect_value(v, guard) for k, v in value.items()}
 
-        return [walk(message) for message in conversation]
+        def field(name, value):
+            if name == "content" and isinstance(value, (list, tuple)):
+                return [part(item) for item in value]
+            return value if name == "role" else self.protect_value(value, guard)
+
+        return [{name: field(name, value) for name, value in message.items()} for message in conversation]
+
+    def protect_value(self, value: Any, guard: str) -> Any:
+        """A value of JSON with every special token in it, also in the names of its members, taken apart by `guard`."""
+        if isinstance(value, str):
+            return self._special.sub(lambda found: found[0][0] + guard + found[0][1:], value)
+        if isinstance(value, Mapping):
+            return {self.protect_value(k, guard): self.protect_value(v, guard) for k, v in value.items()}
+        return [self.protect_value(item, guard) for item in value] if isinstance(value, (list, tuple)) else value
 
     def encode(self, text: str, guard: str) -> Encoded:
         """Tokens of a rendered text. Special tokens are themselves, those with a guard inside are plain text."""

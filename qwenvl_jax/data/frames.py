@@ -10,6 +10,7 @@ from qwenvl_jax.data.generations import find_generation
 from qwenvl_jax.data.media import MediaOpener, Opened
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.data.settings import MediaConfig
+from qwenvl_jax.data.times import time_text
 from qwenvl_jax.data.video import VideoInfo, probe
 from qwenvl_jax.presets import PRESETS
 
@@ -54,7 +55,7 @@ class Preview:
                 for index, time, why in zip(choice.indices.tolist(), choice.times.tolist(), choice.why, strict=True)
             ],
             "groups": [
-                {"time": time, "text": chat.written_time(time) if written else ""} for time in self.opened.times
+                {"time": time, "text": time_text(time) if written else ""} for time in self.opened.times
             ],
             "grid": list(self.opened.grid),
             "tokens": self.tokens,

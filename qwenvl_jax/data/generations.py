@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from qwenvl_jax.data import sampling
+from qwenvl_jax.data import coordinates, sampling
 from qwenvl_jax.errors import CheckpointError
 
 
@@ -28,6 +28,7 @@ class Generation:
         video is one run of vision tokens.
       absolute_time: whether the time axis of a video's positions counts parts of a second; else temporal patches.
       windows: whether the tower attends within windows.
+      coordinates: how boxes and points are counted in what the model says.
     """
 
     model_types: tuple[str, ...]
@@ -41,6 +42,7 @@ class Generation:
     written_times: bool
     absolute_time: bool
     windows: bool
+    coordinates: coordinates.Convention
 
 
 QWEN2_VL = Generation(
@@ -55,6 +57,7 @@ QWEN2_VL = Generation(
     written_times=False,
     absolute_time=False,
     windows=False,
+    coordinates=coordinates.BELOW_THOUSAND,
 )
 QWEN2_5_VL = dataclasses.replace(
     QWEN2_VL,
@@ -62,6 +65,7 @@ QWEN2_5_VL = dataclasses.replace(
     processor_class="Qwen2_5_VLProcessor",
     absolute_time=True,
     windows=True,
+    coordinates=coordinates.RESIZED_PIXELS,
 )
 QWEN3_VL = Generation(
     model_types=("qwen3_vl", "qwen3_vl_moe"),
@@ -75,6 +79,7 @@ QWEN3_VL = Generation(
     written_times=True,
     absolute_time=False,
     windows=False,
+    coordinates=coordinates.THOUSANDTHS,
 )
 GENERATIONS = (QWEN2_VL, QWEN2_5_VL, QWEN3_VL)
 

@@ -25,6 +25,7 @@ class Opened:
     Attributes:
       part: of the conversation.
       kind: "image" or "video".
+      size: (height, width) in pixels, as it comes.
       grid: (t, h, w) in patches.
       times: seconds of each temporal patch, the mean of its frames; empty for an image.
       steps: i32[t], time positions from the start of the medium, where they tell absolute time; else None.
@@ -34,6 +35,7 @@ class Opened:
 
     part: dict
     kind: str
+    size: tuple[int, int]
     grid: tuple[int, int, int]
     times: tuple[float, ...]
     steps: np.ndarray | None
@@ -97,16 +99,15 @@ class MediaOpener:
 
     def _open_image(self, part: dict) -> Opened:
         config, source = self.image, part["image"]
-        height, width = image.smart_resize(
-            *image.image_size(source), factor=config.factor, **_pixel_bounds(part, config)
-        )
+        size = image.image_size(source)
+        height, width = image.smart_resize(*size, factor=config.factor, **_pixel_bounds(part, config))
 
         def load() -> np.ndarray:
             frame = image.resize(image.read_image(source), height, width)
             return self._patches(np.repeat(frame[None], config.temporal_patch_size, axis=0))
 
         grid = (1, height // config.patch_size, width // config.patch_size)
-        return Opened(part, "image", grid, (), None, load)
+        return Opened(part, "image", size, grid, (), None, load)
 
     def _open_video(self, part: dict) -> Opened:
         config, frames = self.video, self._frames_of(part)
@@ -132,7 +133,7 @@ class MediaOpener:
             return self._patches(clip)
 
         grid = (len(times), height // config.patch_size, width // config.patch_size)
-        return Opened(part, "video", grid, times, self._steps(frames), load, frames.choice)
+        return Opened(part, "video", frames.size, grid, times, self._steps(frames), load, frames.choice)
 
     def _frames_of(self, part: dict) -> _Frames:
         """The frames of a video that are looked at: chosen by a sampler, or by the caller."""

@@ -9,6 +9,7 @@ Everything a model was trained with (token ids, template, sizes, normalisation) 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,11 @@ from qwenvl_jax.batch import Batch
 from qwenvl_jax.checkpoint.folder import resolve
 from qwenvl_jax.data import chat, positions
 from qwenvl_jax.data.collate import collate
+from qwenvl_jax.data.coordinates import Sizes
 from qwenvl_jax.data.media import MediaOpener, Opened
 from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.data.settings import Settings, media_config
+from qwenvl_jax.data.times import check_time_format, time_text
 from qwenvl_jax.errors import CheckpointError, ConversationError, MediaError
 
 _IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -121,6 +124,9 @@ class Processor:
         conversations: Sequence[list[dict]],
         add_generation_prompt: bool = False,
         *,
+        tools: Sequence[dict] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        time_format: str = "seconds",
         length: int | None = None,
         groups: int = 1,
         vision_shape: tuple[tuple[int, int], ...] | None = None,
@@ -130,6 +136,7 @@ class Processor:
         Args:
           conversations: each a list of messages.
           add_generation_prompt: whether each ends with the assistant's turn opened.
+          tools, chat_template_kwargs, time_format: of all of them; see `sample`.
           length, groups, vision_shape: see `qwenvl_jax.data.collate.collate`.
 
         Raises:
@@ -142,7 +149,18 @@ class Processor:
             )
         if not conversations:
             raise ConversationError("processor() takes a list of at least one conversation, got an empty one.")
-        rows = [[self.sample(conversation, add_generation_prompt)] for conversation in conversations]
+        rows = [
+            [
+                self.sample(
+                    conversation,
+                    add_generation_prompt,
+                    tools=tools,
+                    chat_template_kwargs=chat_template_kwargs,
+                    time_format=time_format,
+                )
+            ]
+            for conversation in conversations
+        ]
         return collate(
             rows,
             length=length,
@@ -160,6 +178,9 @@ class Processor:
         conversation: list[dict],
         add_generation_prompt: bool = False,
         *,
+        tools: Sequence[dict] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        time_format: str = "seconds",
         read: Callable[[dict, Callable[[], np.ndarray]], np.ndarray] | None = None,
     ) -> Sample:
         """One conversation with its pixels.
@@ -167,33 +188,61 @@ class Processor:
         Args:
           conversation: a list of messages.
           add_generation_prompt: whether it ends with the assistant's turn opened.
+          tools: functions in JSON schema that the assistant may call, for a chat template that tells of them.
+          chat_template_kwargs: further names that the chat template takes, such as `{"enable_thinking": False}`.
+          time_format: one of `qwenvl_jax.data.times.TIME_FORMATS`, how the times of frames are written, where the
+            model's generation writes them. Models are asked in "seconds"; "hms" is for training data.
           read: given the part of each image and video, in reading order, and a function that decodes it, returns its
             patches; a cache of decoded media comes in here.
 
         Raises:
-          ConversationError: a malformed message, named by its index.
+          ConversationError: a malformed message, named by its index, or one that the chat template has no place for.
           MediaError: an image or video that cannot be used, named by its file.
+          ConfigError: a time format that does not exist.
         """
         opened = self._open(conversation)
-        sample = self._tokens(conversation, opened, add_generation_prompt)
+        sample = self._tokens(conversation, opened, add_generation_prompt, tools, chat_template_kwargs, time_format)
         read = read or (lambda part, load: load())
         media = tuple(Media(kind=o.kind, patches=read(o.part, o.load), grid=o.grid, times=o.times) for o in opened)
         return dataclasses.replace(sample, media=media)
 
-    def measure(self, conversation: list[dict], add_generation_prompt: bool = False) -> Facts:
-        """What `sample` would give, without decoding a pixel (a sampler that goes by motion decodes small ones).
+    def measure(
+        self,
+        conversation: list[dict],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[dict] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        time_format: str = "seconds",
+    ) -> Facts:
+        """What `sample` would give for the same arguments, without decoding a pixel (a sampler that goes by motion decodes
+        small ones).
 
         Raises:
-          ConversationError, MediaError: as `sample`, except for damage that only decoding shows.
+          ConversationError, MediaError, ConfigError: as `sample`, except for damage that only decoding shows.
         """
         opened = self._open(conversation)
-        sample = self._tokens(conversation, opened, add_generation_prompt)
+        sample = self._tokens(conversation, opened, add_generation_prompt, tools, chat_template_kwargs, time_format)
         return Facts(
             tokens=len(sample.tokens),
             loss_tokens=int(sample.loss_weights.sum()),
             grids=tuple(o.grid for o in opened),
             times=tuple(o.times for o in opened),
         )
+
+    def picture_sizes(self, part: dict) -> Sizes:
+        """The sizes of an image, or of the frames of a video, that the coordinates of boxes and points are counted in.
+
+        Args:
+          part: of a conversation.
+
+        Raises:
+          ConversationError, MediaError: a part that is malformed, or a medium that cannot be used.
+        """
+        (opened,) = self._open([{"role": "user", "content": [part]}])
+        _, h, w = opened.grid
+        height, width = opened.size
+        return Sizes((height, width), (h * self.image.patch_size, w * self.image.patch_size))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
@@ -255,15 +304,29 @@ class Processor:
                 raise type(error)(f"{where}: {error}") from error
         return opened
 
-    def _tokens(self, conversation: list[dict], opened: list[Opened], add_generation_prompt: bool) -> Sample:
+    def _tokens(
+        self,
+        conversation: list[dict],
+        opened: list[Opened],
+        add_generation_prompt: bool,
+        tools: Sequence[dict] | None,
+        chat_template_kwargs: dict[str, Any] | None,
+        time_format: str,
+    ) -> Sample:
         """Everything of a sample but its media."""
-        guard = self._encoder.guard_for(conversation)
+        check_time_format(time_format)
+        chat.check_tools(tools)
+        chat.check_template_values(self._settings.chat_template, chat_template_kwargs)
+        guard = self._encoder.guard_for(conversation, tools, chat_template_kwargs)
+        values = self._encoder.protect_value(chat_template_kwargs or {}, guard)
         text = chat.render(
             self._settings.chat_template,
             self._encoder.protect(conversation, guard),
             add_generation_prompt=add_generation_prompt,
+            tools=self._encoder.protect_value(tools, guard),
+            **{**self._settings.named_tokens, **values},
         )
-        text = self._place_media(text, opened)
+        text = self._place_media(text, opened, time_format)
         encoded = self._encoder.encode(text, guard)
         learnt = np.zeros(len(encoded.ids), bool)
         for start, end in chat.learnt_spans(text, _TURN_START, _TURN_END):
@@ -299,7 +362,7 @@ class Processor:
             return positions.split_frames([one.grid])
         return [one.grid]
 
-    def _place_media(self, text: str, opened: list[Opened]) -> str:
+    def _place_media(self, text: str, opened: list[Opened], time_format: str) -> str:
         """Puts a placeholder for each run of vision, after its time if that is written, where the template left one for
         each medium.
         """
@@ -317,7 +380,7 @@ class Processor:
                 pieces += [before, pad]
                 continue
             frames = "".join(
-                f"{chat.written_time(seconds)}{_VISION_START}{_VIDEO_PAD}{_VISION_END}" for seconds in one.times
+                f"{time_text(seconds, time_format)}{_VISION_START}{_VIDEO_PAD}{_VISION_END}" for seconds in one.times
             )
             if self.dialect == "official" and before.endswith(_VISION_START) and text.startswith(_VISION_END, place):
                 before, place = before.removesuffix(_VISION_START), place + len(_VISION_END)

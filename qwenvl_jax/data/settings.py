@@ -192,6 +192,12 @@ class Settings:
         token = self.tokenizer_config.get(role)
         return (token.get("content") if isinstance(token, dict) else token) or otherwise
 
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """The tokens that have a name in `tokenizer_config.json`, such as "eos_token", for the chat template."""
+        roles = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+        return {role: token for role in roles if (token := self.named_token(role, ""))}
+
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
