@@ -73,7 +73,7 @@ def measure_each(
     """The facts of every sample of `source`, in order; of one that cannot be read, or that the processor refuses, why.
 
     Args:
-      processor: its `measure(conversation)` tells tokens and grids without decoding pixels.
+      processor: its `measure(conversation, **options)` tells tokens and grids without decoding pixels.
       processor_key: a hash of the processor's settings; "" measures everything again.
       cache: the path that the file of facts begins with; None keeps none.
     """
@@ -90,7 +90,7 @@ def measure_each(
         entry = known.get(key) if key else None
         if entry is None:
             try:
-                facts = processor.measure(record.messages)
+                facts = processor.measure(record.messages, **record.options)
             except QwenVLError as error:
                 return Failure(f"{record.where} ({record.id})", f"{record.where}: {error}")
             # Equal frames follow each other: (patches in a frame, how many frames).

@@ -6,6 +6,7 @@ antialiased bicubic kernel on bytes. Patches stay bytes: the model normalises th
 
 import contextlib
 import functools
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,17 +77,29 @@ def _opened(source) -> Iterator[PIL.Image.Image | np.ndarray]:
         yield source
     elif isinstance(source, (str, Path)):
         path = check_file(source, "image")
-        try:
-            file = PIL.Image.open(path, formats=_FORMATS)
-        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            said = "it is no PNG, JPEG, WebP, GIF, BMP or TIFF" if _is_unknown(error) else first_line(error)
-            raise MediaError(f"image {path} cannot be read as an image ({said}); give a PNG or JPEG.") from error
-        with file:
+        with _open(path, f"image {path}") as file:
             yield file
     else:
         raise MediaError(
             f"an image must be a path, a PIL.Image or a uint8[height, width, 3] array, got {type(source).__name__}."
         )
+
+
+def image_of_bytes(data: bytes) -> PIL.Image.Image:
+    """The image in the bytes of a file; its size is known, its pixels are decoded when they are wanted.
+
+    Raises:
+      MediaError: not an image.
+    """
+    return _open(io.BytesIO(data), f"an image of {len(data)} bytes")
+
+
+def _open(file: Path | io.BytesIO, name: str) -> PIL.Image.Image:
+    try:
+        return PIL.Image.open(file, formats=_FORMATS)
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        said = "it is no PNG, JPEG, WebP, GIF, BMP or TIFF" if _is_unknown(error) else first_line(error)
+        raise MediaError(f"{name} cannot be read as an image ({said}); give a PNG or JPEG.") from error
 
 
 def _is_unknown(error: Exception) -> bool:

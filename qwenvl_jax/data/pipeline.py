@@ -70,7 +70,7 @@ class SampleCache:
 
     Args:
       source: of the records.
-      processor: its `sample(conversation, read=...)` makes a `Sample`.
+      processor: its `sample(conversation, read=..., **options)` makes a `Sample`.
       kept: what keeps them, as far as they fit.
       folder: where decoded media are kept across runs, one file each; None keeps none.
       processor_key: a hash of the processor's settings, part of those files' names.
@@ -114,7 +114,7 @@ class SampleCache:
             return patches[-1][:0]
 
         try:
-            sample = self._processor.sample(record.messages, read=read)
+            sample = self._processor.sample(record.messages, read=read, **record.options)
         except (QwenVLError, OSError) as error:  # a file that has gone, too
             raise DataError(f"{record.where}: {error}") from error
         digest = hashlib.sha256()

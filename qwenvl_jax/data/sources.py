@@ -1,21 +1,27 @@
 """Where conversations come from: random access by number, whatever holds them.
 
-A record is a conversation of the public form with a name: `{"id": "clip-7", "messages": [{"role": ...}, ...]}`. It
-comes from a JSONL file, one record a line, media paths relative to the file; or from any object with `__len__` and
-`__getitem__` that yields such mappings (or the JSON text of one), a tfds or ArrayRecord data source for instance.
+A record is a conversation of the public form with a name: `{"id": "clip-7", "messages": [{"role": ...}, ...]}`, or
+what `qwenvl_jax.data.records` makes one of. It comes from a JSONL file, one record a line, media paths relative to the
+file; or from any object with `__len__` and `__getitem__` that yields such mappings (or the JSON text of one), a tfds or
+ArrayRecord data source for instance.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.data.coordinates import THOUSANDTHS, Convention, Sizes
+from qwenvl_jax.data.records import Telling, check_format, find_format, record_options, to_conversation
+from qwenvl_jax.data.times import choose_time_format
+from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
+
+_ARRAY_HINT = "a file that is one JSON array becomes lines by: jq -c '.[]' data.json > data.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +32,44 @@ class Record:
       id: its name; the number of the record where it has none of its own.
       messages: the conversation, media paths made absolute or relative to the working directory.
       where: file and line, or source and number, for errors.
-      content: sha256 of the record as it is written, in hex; empty for records that are not text.
+      content: sha256, in hex, of the record as it is written and of how it was read; empty for records that are not
+        text.
+      options: what else the processor's `sample` and `measure` take of it, by name: `tools`, `time_format` and such.
     """
 
     id: str
     messages: list[dict[str, Any]]
     where: str
     content: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How records become conversations.
+
+    Attributes:
+      format: one of `qwenvl_jax.data.records.FORMATS`, or "auto", which tells them apart by their keys.
+      hms_share: from 0 to 1, how many of the records tell times as H:M:S, before frames and in answers made here; the
+        others tell seconds. Which do follows from `seed` and the record's name (`qwenvl_jax.data.times`).
+      seed: of the run.
+      coordinates: how the model counts boxes and points.
+      sizes: gives the sizes of the picture that a part shows, as `Processor.picture_sizes` does.
+
+    Raises:
+      ConfigError: a format that does not exist, or a share that is none.
+    """
+
+    format: str = "auto"
+    hms_share: float = 0.0
+    seed: int = 0
+    coordinates: Convention = THOUSANDTHS
+    sizes: Callable[[dict], Sizes] | None = None
+
+    def __post_init__(self):
+        check_format(self.format)
+        if isinstance(self.hms_share, bool) or not 0 <= self.hms_share <= 1:
+            raise ConfigError(f"hms_share={self.hms_share!r} must be a number from 0 to 1.")
 
 
 class Source(Protocol):
@@ -46,13 +83,17 @@ class Source(Protocol):
 class JsonlSource:
     """The records of a JSONL file; blank lines are passed over. Only the places of the lines are kept in memory.
 
+    Args:
+      path: of the file.
+      reading: how its records become conversations.
+
     Raises:
       DataError: the file is missing, cannot be read or has no records; a line is not a record (raised on access,
         naming file and line).
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, reading: Reading = Reading()):
+        self.path, self._reading = Path(path), reading
         offsets, numbers, offset = [], [], 0
         try:
             with self.path.open("rb") as file:
@@ -79,13 +120,13 @@ class JsonlSource:
         with self.path.open("rb") as file:
             file.seek(int(self._offsets[index]))
             line = file.readline().strip()
-        return read_record(line, f"{self.path}:{self._numbers[index]}", index, folder=self.path.parent)
+        return read_record(line, f"{self.path}:{self._numbers[index]}", index, self.path.parent, self._reading)
 
 
 class ObjectSource:
     """Records of any object with `__len__` and `__getitem__`; media paths are used as they are."""
 
-    def __init__(self, items):
+    def __init__(self, items, reading: Reading = Reading()):
         if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
             raise DataError(
                 f"a data source must have __len__ and __getitem__, or be the path of a JSONL file; "
@@ -93,13 +134,14 @@ class ObjectSource:
             )
         if not len(items):
             raise DataError(f"the data source {type(items).__name__} is empty; give at least one record.")
-        self._items = items
+        self._items, self._reading = items, reading
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __getitem__(self, index: int) -> Record:
-        return read_record(self._items[index], f"{type(self._items).__name__}[{index}]", index, folder=None)
+        where = f"{type(self._items).__name__}[{index}]"
+        return read_record(self._items[index], where, index, None, self._reading)
 
 
 class JoinedSources:
@@ -135,39 +177,55 @@ class Subset:
         return self._source[int(self._indices[index])]
 
 
-def open_source(source) -> Source:
+def open_source(source, reading: Reading = Reading()) -> Source:
     """Opens a JSONL file by its path, several files by a tuple or list of paths, or wraps an object.
 
     Raises:
       DataError: see `JsonlSource` and `ObjectSource`.
     """
     if isinstance(source, str | os.PathLike):
-        return JsonlSource(source)
+        return JsonlSource(source, reading)
     if isinstance(source, tuple | list) and source and all(isinstance(path, str | os.PathLike) for path in source):
-        return JoinedSources([JsonlSource(path) for path in source])
-    return ObjectSource(source)
+        return JoinedSources([JsonlSource(path, reading) for path in source])
+    return ObjectSource(source, reading)
 
 
-def read_record(value, where: str, index: int, folder: Path | None) -> Record:
-    """Checks a record, given as a mapping or as JSON text, and resolves its media paths against `folder`.
+def read_record(value, where: str, index: int, folder: Path | None, reading: Reading = Reading()) -> Record:
+    """Makes the conversation of a record, given as a mapping or as JSON text; media paths are relative to `folder`.
 
     Raises:
       DataError: naming `where`, and what is wrong.
     """
-    content = ""
-    if isinstance(value, str | bytes):
-        text = value.encode() if isinstance(value, str) else value
-        content = hashlib.sha256(text).hexdigest()
+    text = value.encode() if isinstance(value, str) else value
+    if isinstance(text, bytes):
         try:
             value = json.loads(text)
         except ValueError as error:
-            raise DataError(f"{where}: not JSON ({error}); write one record a line.") from error
-    if not isinstance(value, Mapping) or not isinstance(value.get("messages"), list) or not value["messages"]:
+            hint = _ARRAY_HINT if text.lstrip().startswith(b"[") else "write one record a line."
+            raise DataError(f"{where}: not JSON ({error}); {hint}") from error
+    if not isinstance(value, Mapping):
+        hint = _ARRAY_HINT if isinstance(value, list) else "write one record a line."
         raise DataError(
-            f'{where}: expected {{"id": ..., "messages": [...]}} with at least one message; got {_short(value)}.'
+            f'{where}: expected a record such as {{"id": ..., "messages": [...]}}, got {_short(value)}; {hint}'
         )
-    messages = [_with_paths(message, folder) for message in value["messages"]]
-    return Record(str(value.get("id", index)), messages, where, content)
+    name = str(value.get("id", index))
+    time_format = choose_time_format(reading.seed, name, reading.hms_share)
+    telling = Telling(time_format, reading.coordinates, _sizes_in(folder, reading.sizes))
+    try:
+        form = find_format(value) if reading.format == "auto" else reading.format
+        messages = to_conversation(value, form, telling)
+        options = record_options(value)
+    except QwenVLError as error:
+        raise DataError(f"{where}: {error}") from error
+    if time_format != "seconds":
+        options["time_format"] = time_format
+    content = ""
+    if isinstance(text, bytes):
+        # What the text alone does not tell; nothing for most records, which keep the digest of their text.
+        told = [] if form == "messages" else [form, reading.coordinates]
+        read = repr([*told, time_format]).encode() if told or time_format != "seconds" else b""
+        content = hashlib.sha256(text + read).hexdigest()
+    return Record(name, [_with_paths(message, folder) for message in messages], where, content, options)
 
 
 def media_paths(messages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -187,14 +245,21 @@ def _is_file(part) -> bool:
     return isinstance(part.get(part["type"]), str | os.PathLike)
 
 
+def _sizes_in(folder: Path | None, sizes: Callable[[dict], Sizes] | None) -> Callable[[dict], Sizes] | None:
+    """`sizes` for parts whose paths are relative to `folder`."""
+    return None if sizes is None else lambda part: sizes(_with_path(part, folder))
+
+
 def _with_paths(message, folder: Path | None):
-    if folder is None or not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
         return message
-    parts = [
-        {**part, part["type"]: str(folder / part[part["type"]])} if _is_file(part) else part
-        for part in message["content"]
-    ]
-    return {**message, "content": parts}
+    return {**message, "content": [_with_path(part, folder) for part in message["content"]]}
+
+
+def _with_path(part, folder: Path | None):
+    if folder is None or not _is_file(part):
+        return part
+    return {**part, part["type"]: str(folder / part[part["type"]])}
 
 
 def _short(value) -> str:

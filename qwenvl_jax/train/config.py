@@ -25,6 +25,8 @@ class DataConfig:
 
     Attributes:
       source: path of a JSONL file of records, several paths, or an object with `__len__` and `__getitem__`.
+      format: of the records, one of those in docs/formats.md; "auto" tells them apart by their keys.
+      hms_share: from 0 to 1, the share of records that tell times as H:M:S; the others tell seconds.
       shuffle: whether each epoch has an order of its own, drawn from the run's seed.
       window: samples of the stream that a step chooses from when it is packed; 0 is four for each row.
       cache_bytes: how much memory decoded media may keep; stages with the same figure share it.
@@ -37,6 +39,8 @@ class DataConfig:
     """
 
     source: Any = ""
+    format: str = "auto"
+    hms_share: float = 0.0
     shuffle: bool = True
     window: int = 0
     cache_bytes: int = 1 << 30

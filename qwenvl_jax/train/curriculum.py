@@ -17,9 +17,9 @@ from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import Plan, SampleFacts, misfit
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
-from qwenvl_jax.data.sources import Subset, open_source
+from qwenvl_jax.data.sources import Reading, Subset, open_source
 from qwenvl_jax.errors import ConfigError, DataError
-from qwenvl_jax.train.config import StageConfig, TrainConfig
+from qwenvl_jax.train.config import DataConfig, StageConfig, TrainConfig
 from qwenvl_jax.train.quarantine import FILE, check_share
 
 
@@ -62,7 +62,8 @@ class Stage:
 def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -> tuple[Stage, ...]:
     """Measures and plans the data of every stage, so that a run that cannot go through does not begin.
 
-    Stages over the same data share its facts; stages with the same `cache_bytes` share that room and what is in it.
+    Stages that read the same data alike share its facts; stages with the same `cache_bytes` share that room and what is
+    in it.
     Samples that are malformed, or can never fit the stage's batches, are left out, as long as they are few.
 
     Raises:
@@ -75,16 +76,17 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
     kept: dict[int, Kept] = {}
     for index, stage in enumerate(config.stages):
         _check_carry(config, index)
-        name = stage.data.source if isinstance(stage.data.source, str | tuple) else id(stage.data.source)
+        data = stage.data
+        name = (data.source if isinstance(data.source, str | tuple) else id(data.source), data.format, data.hms_share)
         try:
             if name not in seen:
                 say(f"{stage.name}: measuring the data")
-                source = open_source(stage.data.source)
-                entries = measure_each(source, processor, processor_key=key, cache=_beside(stage.data.source))
+                source = open_source(data.source, _reading(data, config.seed, processor))
+                entries = measure_each(source, processor, processor_key=key, cache=_beside(data.source))
                 seen[name] = source, entries, {}
             source, entries, digests = seen[name]
             failures = tuple(_failures(entries, stage))
-            check_share(failures, len(entries), stage.data.max_failed)
+            check_share(failures, len(entries), data.max_failed)
             used = [i for i, one in enumerate(entries) if not isinstance(one, Failure) and not misfit(one, stage.batch)]
             facts = tuple(entries[i] for i in used)
             if len(facts) < len(entries):
@@ -93,9 +95,9 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
                 digests[failures] = facts_digest(facts, source)
             # Two streams of the same data in one run are shuffled apart.
             seed = int(np.random.SeedSequence([config.seed, index]).generate_state(1, np.uint64)[0])
-            plan = Plan(facts, stage.batch, seed=seed, window=stage.data.window, shuffle=stage.data.shuffle)
-            room = kept.setdefault(stage.data.cache_bytes, Kept(stage.data.cache_bytes))
-            samples = SampleCache(source, processor, kept=room, folder=stage.data.cache_dir, processor_key=key)
+            plan = Plan(facts, stage.batch, seed=seed, window=data.window, shuffle=data.shuffle)
+            room = kept.setdefault(data.cache_bytes, Kept(data.cache_bytes))
+            samples = SampleCache(source, processor, kept=room, folder=data.cache_dir, processor_key=key)
             loader = BatchLoader(plan, samples, processor)
         except DataError as error:
             raise DataError(f"stage {stage.name}: {error}") from error
@@ -119,6 +121,17 @@ def _failures(entries: Iterable[SampleFacts | Failure], stage: StageConfig) -> I
             yield one
         elif problem := misfit(one, stage.batch):
             yield Failure(one.name, f"{one.name} {problem}".rstrip("."))
+
+
+def _reading(data: DataConfig, seed: int, processor) -> Reading:
+    """How the records of a stage are read: for this model, and alike in every stage of the run."""
+    return Reading(
+        format=data.format,
+        hms_share=data.hms_share,
+        seed=seed,
+        coordinates=processor.generation.coordinates,
+        sizes=processor.picture_sizes,
+    )
 
 
 def _beside(source) -> Path | None:

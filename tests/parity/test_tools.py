@@ -135,7 +135,8 @@ def test_what_the_assistant_calls_and_thinks_is_learnt(processors):
         return processor.decode(sample.targets[sample.loss_weights > 0], skip_special_tokens=False)
 
     assert learnt(CALLS) == (
-        '<tool_call>\n{"name": "crop", "arguments": {"image": "a", "box": [1, 2.5, null, true]}}\n</tool_call><|im_end|>\n'
+        '<tool_call>\n{"name": "crop", "arguments": {"image": "a", "box": [1, 2.5, null, true]}}\n</tool_call>'
+        "<|im_end|>\n"
         'a square\n<tool_call>\n{"name": "when", "arguments": {"a":1}}\n</tool_call>\n'
         '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>\n'
         "a red square<|im_end|>\n"
