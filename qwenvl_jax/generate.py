@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,8 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     stream: Callable[[int, str], None] | None = None,
+    tools: Sequence[dict] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Answer]:
     """Answers every conversation.
 
@@ -77,6 +80,7 @@ def generate(
       temperature, top_p, top_k: see `Sampling`.
       seed: of the draws; an answer depends on it and on its conversation's place in the list alone.
       stream: called with (number of the conversation, new text) as text becomes certain.
+      tools, chat_template_kwargs: of all conversations; see `Processor.sample`.
 
     Returns:
       One answer for each conversation, in order.
@@ -96,7 +100,8 @@ def generate(
         )
     if not conversations:
         return []
-    batch = _at_length_step(processor(conversations, add_generation_prompt=True))
+    options = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+    batch = _at_length_step(processor(conversations, add_generation_prompt=True, **options))
     _check_fit(model, batch, max_new_tokens)
     ends = end_token_ids(model, processor)
     writers = [

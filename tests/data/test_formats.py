@@ -5,12 +5,14 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
+import qwenvl_jax as qv
 from qwenvl_jax.data.facts import facts_digest, measure_source, processor_key
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.pipeline import SampleCache
@@ -18,7 +20,7 @@ from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.data.records import FORMATS, find_format
 from qwenvl_jax.data.sources import Reading, open_source
 from qwenvl_jax.errors import ConfigError, DataError
-from tests.tool_template import tool_processor_folder
+from tests.tool_template import TOOL_TEMPLATE, tool_processor_folder
 
 PAGE = (Path(__file__).parents[2] / "docs/formats.md").read_text()
 EXAMPLES = dict(re.findall(r"^## (\w+)\n.*?^```json\n(.*?)\n```$", PAGE, re.DOTALL | re.MULTILINE))
@@ -85,6 +87,29 @@ def test_from_file_to_targets(processors, data):
         assert len(sample.media) == (2 if name == "llava" else 1)
     told = processor.decode(samples[0].sample.tokens, skip_special_tokens=False)
     assert '"description": "Cuts out a part."' in told and "<tool_response>\na red square\n</tool_response>" in told
+
+
+def test_asking_with_tools(tiny_checkpoint, tmp_path):
+    """The page's line of Python; the prompt is the one that training would show."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    record = json.loads(EXAMPLES["messages"])
+    processor = Processor.from_pretrained(folder)
+    seen = []
+
+    def watched(*args, **options):
+        seen.append(processor(*args, **options))
+        return seen[-1]
+
+    watched.__dict__.update(eos_token_id=processor.eos_token_id, pad_token_id=processor.pad_token_id)
+    watched.decode = processor.decode
+    names = {"qv": qv, "model": qv.QwenVL.from_pretrained(folder), "processor": watched}
+    names |= {"conversation": [{"role": "user", "content": "hi"}], "tools": record["tools"]}
+    (line,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    exec(line.replace(", chat_template_kwargs", ", max_new_tokens=1, chat_template_kwargs"), names)
+    assert len(names["answers"]) == 1
+    told = processor.decode(np.asarray(seen[0].tokens)[0], skip_special_tokens=False)
+    assert '"description": "Cuts out a part."' in told and "<think>\n\n</think>" in told
 
 
 def test_a_model_that_counts_pixels_of_what_it_sees(processors, data):

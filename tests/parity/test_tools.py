@@ -121,6 +121,10 @@ def test_special_tokens_in_what_people_wrote_remain_text(processors, mark):
     sample = processor.sample(conversation, tools=tools)
     expected = theirs(reference, conversation, tools, {}, False, sanitize_control_tokens=True)
     np.testing.assert_array_equal(sample.tokens, expected)
+    learnt = processor.decode(sample.targets[sample.loss_weights > 0], skip_special_tokens=False)
+    assert (
+        learnt.startswith(f"<think>\n{mark}") and learnt.endswith("</tool_call><|im_end|>\n") and "what" not in learnt
+    )
     named = processor.sample(conversation[:1], tools=[{"name": "f", "parameters": {mark: 1}}]).tokens.tolist()
     assert processor.decode(named, False).count(f'{{"{mark}": 1}}') == 1
     counts = [list(tokens).count(processor.tokenizer.token_to_id(mark)) for tokens in (sample.tokens, named)]
