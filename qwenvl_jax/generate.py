@@ -100,8 +100,7 @@ def generate(
         )
     if not conversations:
         return []
-    options = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
-    batch = _at_length_step(processor(conversations, add_generation_prompt=True, **options))
+    batch = _at_length_step(processor(conversations, True, tools=tools, chat_template_kwargs=chat_template_kwargs))
     _check_fit(model, batch, max_new_tokens)
     ends = end_token_ids(model, processor)
     writers = [
