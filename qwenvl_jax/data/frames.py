@@ -54,9 +54,7 @@ class Preview:
                 {"index": index, "time": time, "why": why}
                 for index, time, why in zip(choice.indices.tolist(), choice.times.tolist(), choice.why, strict=True)
             ],
-            "groups": [
-                {"time": time, "text": time_text(time) if written else ""} for time in self.opened.times
-            ],
+            "groups": [{"time": time, "text": time_text(time) if written else ""} for time in self.opened.times],
             "grid": list(self.opened.grid),
             "tokens": self.tokens,
         }

@@ -215,8 +215,7 @@ class Processor:
         chat_template_kwargs: dict[str, Any] | None = None,
         time_format: str = "seconds",
     ) -> Facts:
-        """What `sample` would give for the same arguments, without decoding a pixel (a sampler that goes by motion decodes
-        small ones).
+        """What `sample` would give, without decoding a pixel (a sampler that goes by motion decodes small ones).
 
         Raises:
           ConversationError, MediaError, ConfigError: as `sample`, except for damage that only decoding shows.
