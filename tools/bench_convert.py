@@ -15,6 +15,7 @@ neither changes what the converter does.
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -58,22 +59,25 @@ def main() -> None:
     parser.add_argument("--sparse", action="store_true", help="a source without bytes on disk")
     parser.add_argument("--discard", action="store_true", help="give the space of finished files back at once")
     parser.add_argument("--place", default=tempfile.gettempdir(), help="where; default: %(default)s")
+    parser.add_argument("--into", help="where the conversion goes, if elsewhere, such as another disk")
     options = parser.parse_args()
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
     print(f"{options.model}, {os.cpu_count()} CPUs, {platform.machine()}, {versions}, {time.strftime('%Y-%m-%d')}")
     print("| layers | GB | seconds | CPU seconds | MB/s | peak MB |\n| --- | --- | --- | --- | --- | --- |")
     for layers in options.layers:
-        folder = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=options.place))
-        try:
+        with contextlib.ExitStack() as stack:
+            places = [options.place, options.into or options.place]
+            folder, into = (
+                Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-convert-", dir=place)))
+                for place in places
+            )
             config = _config(options.model, layers)
             size = _write(config, folder / "public", options.sparse)
             for _ in range(options.rounds):
-                seconds, cpu, peak = _convert(folder, options.processes, options.discard)
+                seconds, cpu, peak = _convert(folder / "public", into / "native", options.processes, options.discard)
                 figures = (f"{size / 1e9:.2f}", f"{seconds:.1f}", f"{cpu:.1f}", f"{size / 1e6 / seconds:.0f}")
                 print(f"| {layers} | {' | '.join(figures)} | {peak / 1e6:.0f} |", flush=True)
-                shutil.rmtree(folder / "native")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(into / "native")
 
 
 def _config(name: str, layers: int) -> QwenVLConfig:
@@ -109,12 +113,12 @@ def _fill(writer: Writer, name: str, shape: tuple[int, ...], noise: np.ndarray) 
         writer.write(name, np.resize(noise, (rows, *shape[1:])), start)
 
 
-def _convert(folder: Path, processes: int, discard: bool) -> tuple[float, float, int]:
+def _convert(source: Path, target: Path, processes: int, discard: bool) -> tuple[float, float, int]:
     """Runs the command; returns its seconds, those on a CPU, and the bytes of its largest resident set."""
-    command = [sys.executable, "-c", _CHILD, "convert", str(folder / "public"), str(folder / "native")]
+    command = [sys.executable, "-c", _CHILD, "convert", str(source), str(target)]
     command += ["--processes", str(processes)]
     stop = threading.Event()
-    watcher = threading.Thread(target=_discard, args=(folder / "native" / native.FOLDER, stop))
+    watcher = threading.Thread(target=_discard, args=(target / native.FOLDER, stop))
     if discard:
         watcher.start()
     start = time.perf_counter()

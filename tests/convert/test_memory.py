@@ -29,6 +29,6 @@ def test_six_times_the_layers_take_no_more(tmp_path):
         config = dataclasses.replace(TINY_MOE, text=text, vision=VISION)
         size = bench_convert._write(config, folder / "public", sparse=True)
         assert size > layers * 3_500_000
-        peaks.append(bench_convert._convert(folder, processes=1, discard=False)[2])
+        peaks.append(bench_convert._convert(folder / "public", folder / "native", processes=1, discard=False)[2])
         assert (folder / "native" / "native" / "index.json").is_file()
     assert peaks[1] < 1.1 * peaks[0] and peaks[1] < 100e6, peaks
