@@ -160,15 +160,16 @@ SHAPES = {
     "qwen3 moe untied yarn": ("qwen3_vl_moe", False, _yarn(_WIDE_TEXT | _EXPERTS), _WIDE_TOWER),
     "qwen3 moe tied yarn": ("qwen3_vl_moe", True, _yarn(_NARROW_TEXT | _EXPERTS), _NARROW_TOWER),
 }
-# Where seed 0 makes answers that are nearly a tie, or end at once.
+# Where seed 0 makes answers that are nearly a tie, or end at once, or a model so badly conditioned that the reference's
+# own logits in float32 are further than 3e-5 from those in float64.
 SEEDS = {
     "qwen2 untied": 2,
     "qwen2 tied": 3,
     "qwen2 untied yarn": 2,
     "qwen2 tied yarn": 3,
-    "qwen2.5 tied": 1,
+    "qwen2.5 tied": 2,
     "qwen2.5 untied yarn": 1,
-    "qwen2.5 tied yarn": 3,
+    "qwen2.5 tied yarn": 10,
     "qwen3 moe untied": 1,
     "qwen3 moe tied": 1,
     "qwen3 moe untied yarn": 1,
