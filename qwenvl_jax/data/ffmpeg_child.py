@@ -37,7 +37,7 @@ DEMUXERS = "mov,matroska,webm,avi,mpegts,gif"
 
 # What ffmpeg says, without failing, about files that end before their header says they do.
 _CUT_SHORT = re.compile(r"ended prematurely|partial file|truncat", re.IGNORECASE)
-_NO_MEMORY = re.compile(r"cannot allocate memory|error code: -12\b|malloc of size", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"cannot allocate memory|malloc of size|pthread_create\(\) failed", re.IGNORECASE)
 _SERIOUS = re.compile(r"\[(error|fatal)\]")
 _GRACE_SECONDS = 5  # between the signal that ends it and the one that kills it
 

@@ -242,7 +242,8 @@ def skip_through(info: VideoInfo, wanted: np.ndarray) -> Iterator[np.ndarray]:
     runs = _sparse_runs(info, wanted)
     if not runs or info.packets is None:
         return
-    within = in_runs(info.packets, runs)
+    # Matroska does not tell when its first packets are decoded: the listing guesses, and the first few are decoded too.
+    within = f"eq(dts,nopts)+{in_runs(info.packets, runs)}"
     select = one_of(info.ticks[wanted].tolist(), "pts")
     arguments = command(
         info.path, packets=within, select=select, format="rawvideo", pix_fmt="rgb24", **keep_timestamps()

@@ -41,7 +41,7 @@ def memory():
     """fsspec's store in memory, empty."""
     store = fsspec.filesystem("memory")
     yield store
-    store.rm("/", recursive=True)
+    store.store.clear()
 
 
 def ask(kind="video", **part):
