@@ -50,6 +50,7 @@ print(count, len(info.times), time.perf_counter() - start, peak // 1024)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--seconds", type=int, default=60, help="of the clip; default: %(default)s")
     parser.add_argument("--hours", type=float, default=0.0, help="of the long file; 0 leaves it out")
     parser.add_argument("--place", default=tempfile.gettempdir(), help="for the files; default: %(default)s")
     options = parser.parse_args()
@@ -57,16 +58,16 @@ def main() -> None:
     about = f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, ffmpeg {ffmpeg}"
     print(f"{about}, {time.strftime('%Y-%m-%d')}")
     with tempfile.TemporaryDirectory(prefix="bench-video-", dir=options.place) as folder:
-        clip = _write_clip(Path(folder) / "clip.mp4")
+        clip = _write_clip(Path(folder) / "clip.mp4", options.seconds)
         print(f"clip: {clip.stat().st_size / 1e6:.1f} MB\n")
         _time_all(clip, options.rounds)
         if options.hours:
-            _long(clip, Path(folder) / "long.mp4", options.hours)
+            _long(clip, Path(folder) / "long.mp4", options.hours, options.seconds)
 
 
-def _write_clip(path: Path) -> Path:
-    """60 s of 1080p at 30 fps."""
-    source = ["-f", "lavfi", "-i", "testsrc2=size=1920x1080:rate=30:duration=60", "-vf", "noise=alls=8:allf=t"]
+def _write_clip(path: Path, seconds: int) -> Path:
+    """1080p at 30 fps."""
+    source = ["-f", "lavfi", "-i", f"testsrc2=size=1920x1080:rate=30:duration={seconds}", "-vf", "noise=alls=8:allf=t"]
     encoder = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "26", "-bf", "3", "-g", "250", "-pix_fmt", "yuv420p"]
     subprocess.run([ffmpeg_program(), "-v", "error", "-y", *source, *encoder, path], check=True)
     return path
@@ -126,9 +127,9 @@ def _by_pyav(path: Path, wanted: np.ndarray) -> list[np.ndarray]:
     return frames
 
 
-def _long(clip: Path, path: Path, hours: float) -> None:
+def _long(clip: Path, path: Path, hours: float, seconds_each: int) -> None:
     """The clip over and over, read at 1 and at 0.1 fps by processes of their own."""
-    loops = round(hours * 60) - 1
+    loops = round(hours * 3600 / seconds_each) - 1
     command = [ffmpeg_program(), "-v", "error", "-y", "-stream_loop", str(loops), "-i", clip, "-c", "copy", path]
     subprocess.run(command, check=True)
     print(f"\n{hours:g} hours, {path.stat().st_size / 1e9:.2f} GB\n")
