@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwenvl_jax.data.video import ffmpeg_program, ffmpeg_version, keep_timestamps
+from qwenvl_jax.data.ffmpeg_child import ffmpeg_program, ffmpeg_version, keep_timestamps
 
 STEP = 4
 

@@ -46,10 +46,11 @@ PART_KEYS = {
         "start",
         "end",
         "timestamps",
+        "duration",
     ),
 }
 # Options that may be fractions; options that are checked apart; the rest are positive whole numbers.
-_FRACTIONS = ("fps", "min_fps", "max_fps")
+_FRACTIONS = ("fps", "min_fps", "max_fps", "duration")
 _OTHERWISE = ("sampler", "start", "end", "timestamps")
 # The names under which templates read a message's reasoning.
 _REASONING = ("reasoning_content", "thinking")
@@ -186,7 +187,13 @@ def _check_sampling(part: dict, where: str):
         hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(SAMPLERS)}."
         raise ConversationError(f"{where} has an unknown sampler {_show(name)}; {hint}")
     sampler = SAMPLERS[name]
-    odd = [key for key in given if key in SAMPLING_OPTIONS and key not in sampler.options]
+    as_images = isinstance(part["video"], (list, tuple))  # which have no times of their own
+    if "duration" in given and not as_images:
+        raise ConversationError(f"{where} gives duration, which only a video given as images takes; drop it.")
+    if as_images and "timestamps" not in given:
+        raise ConversationError(f"{where} gives a video as images without timestamps; give the seconds of each.")
+    read = (*sampler.options, "timestamps") if as_images else sampler.options
+    odd = [key for key in given if key in SAMPLING_OPTIONS and key not in read]
     if odd:
         others = ", ".join(other for other, value in SAMPLERS.items() if odd[0] in value.options)
         raise ConversationError(

@@ -25,7 +25,7 @@ def image_size(source) -> tuple[int, int]:
     """(height, width) in pixels, without decoding them.
 
     Args:
-      source: path, `PIL.Image.Image`, or u8[H, W, 3] in RGB.
+      source: path, the bytes of a file, `PIL.Image.Image`, or u8[H, W, 3] in RGB.
 
     Raises:
       MediaError: nothing there, not an image, or an array of another shape or dtype.
@@ -38,7 +38,7 @@ def read_image(source) -> np.ndarray:
     """u8[H, W, 3] of an image; transparency is laid on white, as transformers 5.23 does.
 
     Args:
-      source: path, `PIL.Image.Image`, or u8[H, W, 3] in RGB.
+      source: path, the bytes of a file, `PIL.Image.Image`, or u8[H, W, 3] in RGB.
 
     Raises:
       MediaError: as `image_size`, or the pixels cannot be decoded.
@@ -79,9 +79,13 @@ def _opened(source) -> Iterator[PIL.Image.Image | np.ndarray]:
         path = check_file(source, "image")
         with _open(path, f"image {path}") as file:
             yield file
+    elif isinstance(source, bytes):
+        with image_of_bytes(source) as file:
+            yield file
     else:
         raise MediaError(
-            f"an image must be a path, a PIL.Image or a uint8[height, width, 3] array, got {type(source).__name__}."
+            "an image must be a path, the bytes of a file, a PIL.Image or a uint8[height, width, 3] array, got "
+            f"{type(source).__name__}."
         )
 
 

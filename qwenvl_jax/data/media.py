@@ -1,12 +1,14 @@
 """Images and videos of a conversation: opened and measured first, decoded when their patches are wanted."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qwenvl_jax.data import image, motion, positions, sampling, video
+from qwenvl_jax.data.files import is_remote, local_file
 from qwenvl_jax.data.generations import Generation
 from qwenvl_jax.data.samplers import OPTIONS, SAMPLERS, Choice, Wish, clip_of
 from qwenvl_jax.data.settings import MediaConfig
@@ -72,6 +74,7 @@ class MediaOpener:
       image, video: how they are sized and cut.
       generation, dialect: whose rules are followed.
       tokens_per_second: time positions in a second, where the generation's positions tell absolute time.
+      remote: beginnings of the addresses of media that may be fetched, such as "gs://my-bucket/".
     """
 
     image: MediaConfig
@@ -79,6 +82,7 @@ class MediaOpener:
     generation: Generation
     dialect: str
     tokens_per_second: float
+    remote: tuple[str, ...] = ()
 
     def open(self, part: dict) -> Opened:
         """Chooses frames and size of the image or video of a part.
@@ -99,6 +103,9 @@ class MediaOpener:
 
     def _open_image(self, part: dict) -> Opened:
         config, source = self.image, part["image"]
+        if is_remote(source):
+            fetched = local_file(source, "image", self.remote)
+            source = fetched.path.read_bytes()
         size = image.image_size(source)
         height, width = image.smart_resize(*size, factor=config.factor, **_pixel_bounds(part, config))
 
@@ -139,11 +146,7 @@ class MediaOpener:
         """The frames of a video that are looked at: chosen by a sampler, or by the caller."""
         source = part["video"]
         if isinstance(source, video.VideoFrames):
-            given = [key for key in (*OPTIONS, "sampler", "start", "end") if part.get(key) is not None]
-            if given:
-                raise ConversationError(
-                    f"the frames of qv.VideoFrames are used as they are; drop {' and '.join(given)}."
-                )
+            _refuse_options(part, (*OPTIONS, "sampler", "start", "end"), "the frames of qv.VideoFrames")
             times = source.timestamps
             return _Frames(
                 times=times,
@@ -152,12 +155,15 @@ class MediaOpener:
                 fps=len(times) / source.duration if source.duration else None,
                 read=lambda: source.frames,
             )
-        if not isinstance(source, (str, Path)):
+        if isinstance(source, (list, tuple)):
+            return _images(part, source)
+        if not isinstance(source, (str, Path, bytes)):
             raise MediaError(
-                f"a video must be a path or qv.VideoFrames (frames with their times), got {type(source).__name__}; the "
-                "times of bare frames are unknown and never guessed."
+                "a video must be a path, the bytes of a file, images with their timestamps, or qv.VideoFrames (frames "
+                f"with their times), got {type(source).__name__}; the times of bare frames are unknown and never "
+                "guessed."
             )
-        info = video.probe(source)
+        info = video.probe(local_file(source, "video", self.remote))
         sampler = SAMPLERS[part.get("sampler") or "uniform"]
         clip = clip_of(info, part.get("start"), part.get("end"))
         scores = motion.motion_scores(info).part(clip.first, clip.first + len(clip.times)) if sampler.motion else None
@@ -201,7 +207,7 @@ class MediaOpener:
             return positions.steps_at_times(starts, self.tokens_per_second)
         if frames.fps is None:
             raise MediaError(
-                f"the {len(frames.times)} evenly spaced frames of qv.VideoFrames come without the duration that this "
+                f"{len(frames.times)} evenly spaced frames given with their times come without the duration that this "
                 "model's time positions are computed from; give duration, the length in seconds of the clip they came "
                 "from."
             )
@@ -215,6 +221,35 @@ class MediaOpener:
             temporal_patch_size=config.temporal_patch_size,
             merge_size=config.merge_size,
         )
+
+
+def _refuse_options(part: dict, keys: Sequence[str], what: str):
+    """Raises ConversationError for options of frames that are used as they are."""
+    given = [key for key in keys if part.get(key) is not None]
+    if given:
+        raise ConversationError(f"{what} are used as they are; drop {' and '.join(given)}.")
+
+
+def _images(part: dict, sources: Sequence[Any]) -> _Frames:
+    """The frames of a video given as images; only one is held at a time."""
+    _refuse_options(part, [key for key in (*OPTIONS, "sampler", "start", "end") if key != "timestamps"], "images")
+    if not len(sources):
+        raise MediaError("a video given as images must have at least one.")
+    times = video.known_times(part.get("timestamps"), len(sources), part.get("duration"))
+    sizes = [image.image_size(source) for source in sources]
+    other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+    if other is not None:
+        raise MediaError(
+            f"the images of a video must have one size, but image 0 has {sizes[0][0]} x {sizes[0][1]} pixels (height x "
+            f"width) and image {other} has {sizes[other][0]} x {sizes[other][1]}; resize them."
+        )
+    return _Frames(
+        times=times,
+        size=sizes[0],
+        even=_evenly_spaced(times),
+        fps=len(times) / part["duration"] if part.get("duration") else None,
+        read=lambda: map(image.read_image, sources),
+    )
 
 
 def _evenly_spaced(times: np.ndarray) -> bool:

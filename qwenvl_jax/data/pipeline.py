@@ -24,6 +24,7 @@ from qwenvl_jax.batch import Batch
 from qwenvl_jax.data.collate import collate
 from qwenvl_jax.data.facts import file_state
 from qwenvl_jax.data.failure import Failure
+from qwenvl_jax.data.files import is_remote
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import Plan
 from qwenvl_jax.data.sample import Media, Sample
@@ -124,8 +125,8 @@ class SampleCache:
 
 
 def _media_key(part: dict, processor_key: str) -> str:
-    """What identifies the patches of an image or a video: the file's state and how it is shown; "" if not a file."""
-    if not isinstance(part[part["type"]], str | os.PathLike):
+    """What identifies the patches of an image or a video: the file's state and how it is shown; "" if no file here."""
+    if not isinstance(part[part["type"]], str | os.PathLike) or is_remote(part[part["type"]]):
         return ""
     path = os.fspath(part[part["type"]])
     shown = {name: value for name, value in part.items() if name != part["type"]}

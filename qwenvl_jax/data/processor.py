@@ -18,6 +18,7 @@ from qwenvl_jax.checkpoint.folder import resolve
 from qwenvl_jax.data import chat, positions
 from qwenvl_jax.data.collate import collate
 from qwenvl_jax.data.coordinates import Sizes
+from qwenvl_jax.data.files import check_remote
 from qwenvl_jax.data.media import MediaOpener, Opened
 from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.data.settings import Settings, media_config
@@ -63,7 +64,7 @@ class Processor:
       opener: `qwenvl_jax.data.media.MediaOpener`, which chooses the frames and sizes of media.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, remote_media: Sequence[str] = ()):
         """Builds a processor from the contents of a folder's files; see `from_pretrained`."""
         self._settings = settings
         self.tokenizer, self.dialect, self.generation = settings.tokenizer, settings.dialect, settings.generation
@@ -87,7 +88,9 @@ class Processor:
         self.merge_size, self.window = self.image.merge_size, settings.window
         self.tokens_per_second = settings.tokens_per_second
         self.patch_dim = 3 * self.image.temporal_patch_size * self.image.patch_size**2
-        self.opener = MediaOpener(self.image, self.video, self.generation, self.dialect, self.tokens_per_second)
+        self.opener = MediaOpener(
+            self.image, self.video, self.generation, self.dialect, self.tokens_per_second, check_remote(remote_media)
+        )
         for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             wanted, found = settings.model_config.get(key), getattr(self, key)
             if wanted is not None and wanted != found:
@@ -96,22 +99,28 @@ class Processor:
                 )
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dialect: str | None = None) -> "Processor":
+    def from_pretrained(
+        cls, path: str | Path, dialect: str | None = None, *, remote_media: Sequence[str] = ()
+    ) -> "Processor":
         """Reads tokenizer, chat template and preprocessor settings from a model's folder.
 
         Args:
           path: folder in the public layout, or a hub id.
           dialect: "official" or "transformers"; without it, what `qwenvl_jax.json` in the folder says, else "official".
+          remote_media: beginnings of the addresses from which images and videos may be fetched, through fsspec, such as
+            `["gs://my-bucket/"]`; without them only files of this machine are read. End one with a slash, since
+            "gs://my" allows every bucket whose name begins so. They are fetched anew each time they are needed.
 
         Raises:
           CheckpointError: a file is missing or damaged, the files do not go together or do not tell which generation
             this is, or the tokenizer lacks Qwen-VL's marks.
-          ConfigError: a dialect that does not exist.
+          ConfigError: a dialect that does not exist, or remote media that are no addresses.
         """
+        check_remote(remote_media)
         folder = resolve(path, weights=False)
         settings = Settings.read(folder, dialect)
         try:
-            return cls(settings)
+            return cls(settings, remote_media)
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from error
 

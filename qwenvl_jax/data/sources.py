@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwenvl_jax.data.coordinates import THOUSANDTHS, Convention, Sizes
+from qwenvl_jax.data.files import is_remote
 from qwenvl_jax.data.records import Telling, check_format, find_format, record_options, to_conversation
 from qwenvl_jax.data.times import choose_time_format
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
@@ -231,18 +232,22 @@ def read_record(value, where: str, index: int, folder: Path | None, reading: Rea
 def media_paths(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """The paths of a conversation's images and videos, in reading order; media in memory have none."""
     return [
-        os.fspath(part[part["type"]])
+        os.fspath(source)
         for message in messages
         if isinstance(message, Mapping) and isinstance(message.get("content"), list)
         for part in message["content"]
-        if _is_file(part)
+        for source in _files_of(part)
     ]
 
 
-def _is_file(part) -> bool:
+def _files_of(part) -> list[str | os.PathLike]:
+    """The paths, or addresses, of an image, a video, or a video given as images."""
     if not isinstance(part, Mapping) or part.get("type") not in ("image", "video"):
-        return False
-    return isinstance(part.get(part["type"]), str | os.PathLike)
+        return []
+    value = part.get(part["type"])
+    return [
+        source for source in (value if isinstance(value, list) else [value]) if isinstance(source, str | os.PathLike)
+    ]
 
 
 def _sizes_in(folder: Path | None, sizes: Callable[[dict], Sizes] | None) -> Callable[[dict], Sizes] | None:
@@ -257,9 +262,16 @@ def _with_paths(message, folder: Path | None):
 
 
 def _with_path(part, folder: Path | None):
-    if folder is None or not _is_file(part):
+    if folder is None or not _files_of(part):
         return part
-    return {**part, part["type"]: str(folder / part[part["type"]])}
+    value = part[part["type"]]
+    placed = [_placed(source, folder) for source in (value if isinstance(value, list) else [value])]
+    return {**part, part["type"]: placed if isinstance(value, list) else placed[0]}
+
+
+def _placed(source, folder: Path):
+    """A path from `folder`; addresses and media in memory as they are."""
+    return str(folder / source) if isinstance(source, str | os.PathLike) and not is_remote(source) else source
 
 
 def _short(value) -> str:

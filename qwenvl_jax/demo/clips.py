@@ -23,7 +23,7 @@ import ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw
 
-from qwenvl_jax.data.video import ffmpeg_program
+from qwenvl_jax.data.ffmpeg_child import ffmpeg_program
 from qwenvl_jax.errors import DataError
 
 COLOURS = {
