@@ -357,16 +357,21 @@ def _chat(options: argparse.Namespace) -> int:
 def _add_data(commands) -> None:
     parser = commands.add_parser(
         "data",
-        help="what a video becomes: which frames are taken, when, for how many tokens",
-        description="Looks at data as a model would see it.",
+        help="data sets and videos as a model sees them; JSONL files as ArrayRecord",
+        description="Looks at data as a model would see it, and makes data sets for training.",
         epilog=f"""examples:
   {PROG} data frames clip.mp4
-  {PROG} data frames clip.mp4 --sampler keyframes --out sheet.png
+  {PROG} data inspect clips.jsonl --index 3
+  {PROG} data stats clips.jsonl --out stats.png
+  {PROG} data build clips.jsonl ./clips --embed-media
 
 `{PROG} data COMMAND --help` tells more about each.""",
     )
     inner = parser.add_subparsers(dest="action", metavar="COMMAND", required=True)
     _add_data_frames(inner)
+    _add_data_build(inner)
+    _add_data_inspect(inner)
+    _add_data_stats(inner)
     parser.set_defaults(work=_data)
 
 
@@ -438,4 +443,107 @@ def _data_frames(options: argparse.Namespace) -> int:
             raise _UsageError("--budget and --num-frames say the same of the sampler count; drop one.")
         part[name] = options.budget
     show(options.video, model=options.model, as_json=options.json, out=options.out, **part)
+    return 0
+
+
+_PROCESSORS = "a folder, a hub id or a preset"
+
+
+def _add_data_build(commands) -> None:
+    parser = commands.add_parser(
+        "build",
+        help="JSONL files as a data set in ArrayRecord, for tensorflow-datasets and for training",
+        description="Writes records into a data set in ArrayRecord that tensorflow-datasets reads, with the facts by\n"
+        "which training plans. A stage takes the folder as its data.source and gives the batches of the files.",
+        epilog=f"""examples:
+  {PROG} data build clips.jsonl ./clips --model Qwen/Qwen3-VL-4B-Instruct
+  {PROG} data build a.jsonl b.jsonl ./clips --model ./my-model --embed-media --shards 16
+
+From Python, also without TensorFlow: tfds.builder_from_directory("./clips").as_data_source("train").
+
+Records that cannot be used are left out and listed in DST/quarantine.jsonl; too many, and nothing is written. DST
+comes whole or not at all. Needed beside this package: pip install 'qwenvl_jax[tfds]'.""",
+    )
+    parser.add_argument("sources", metavar="SRC", nargs="+", help="JSONL files, in the order of their records")
+    parser.add_argument("destination", metavar="DST", help="a new or empty folder")
+    parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: qwen3_vl_4b")
+    media = parser.add_mutually_exclusive_group()
+    media.add_argument("--embed-media", action="store_true", help="put images and videos into DST/media, each once")
+    media.add_argument(
+        "--reference-media", dest="embed_media", action="store_false", help="refer to them by path (default)"
+    )
+    parser.add_argument("--shards", metavar="N", type=int, help="files of records; default: one for each 256 MiB")
+    parser.add_argument(
+        "--max-failed", metavar="X", type=float, default=0.02, help="share that may fail; default: %(default)s"
+    )
+    parser.set_defaults(act=_data_build, parser=parser)
+
+
+def _data_build(options: argparse.Namespace) -> int:
+    from qwenvl_jax.data.build import build_command
+
+    build_command(
+        options.sources,
+        options.destination,
+        model=options.model,
+        embed_media=options.embed_media,
+        shards=options.shards,
+        max_failed=options.max_failed,
+    )
+    return 0
+
+
+def _add_data_inspect(commands) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="a record as the model sees it: conversation, tokens, what is learnt, grids, times",
+        description="Shows what a record becomes: its conversation, its tokens with those that are learnt marked, the\n"
+        "grids of its images and videos, and the times of their temporal patches.",
+        epilog=f"""examples:
+  {PROG} data inspect clips.jsonl --model ./my-model
+  {PROG} data inspect ./clips --index 7 --json
+
+--json prints one object: where, id; conversation and options, as the processor takes them; tokens and learnt, how
+many; pieces, runs of tokens, each with first, tokens, kind (read, learnt or vision) and text; ids and taught (0 or 1)
+of every token; media, each with type, grid [t, h, w] in patches, and times in seconds.""",
+    )
+    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder that `data build` made")
+    parser.add_argument("--index", metavar="N", type=int, default=0, help="of the record, from 0; default: %(default)s")
+    parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: the folder's, else qwen3_vl_4b")
+    parser.add_argument("--json", action="store_true", help="as JSON, see below")
+    parser.set_defaults(act=_data_inspect, parser=parser)
+
+
+def _data_inspect(options: argparse.Namespace) -> int:
+    from qwenvl_jax.data.inspect import show
+
+    show(options.source, index=options.index, model=options.model, as_json=options.json)
+    return 0
+
+
+def _add_data_stats(commands) -> None:
+    parser = commands.add_parser(
+        "stats",
+        help="counts, lengths, durations, frame rates, frames, patches, and why records fail",
+        description="Tells what a data set holds: how many records, images and videos, their lengths in tokens, their\n"
+        "durations, frame rates, frames and patches, and how many records cannot be used for which reason.",
+        epilog=f"""examples:
+  {PROG} data stats clips.jsonl --model ./my-model
+  {PROG} data stats ./clips --out stats.png --json
+
+--json prints one object: records, usable, images, videos; figures, by name (tokens, learnt, turns, duration,
+source_fps, frames, video_patches, image_patches), each with count, sum, min, median, mean, p90 and max; failures, by
+reason.""",
+    )
+    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder that `data build` made")
+    parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: the folder's, else qwen3_vl_4b")
+    parser.add_argument("--json", action="store_true", help="as JSON, see below")
+    parser.add_argument("--out", metavar="FILE", help="draw histograms into this file, such as stats.png")
+    parser.set_defaults(act=_data_stats, parser=parser)
+
+
+def _data_stats(options: argparse.Namespace) -> int:
+    from qwenvl_jax.data.stats import show
+
+    show(options.source, model=options.model, as_json=options.json, out=options.out)
     return 0

@@ -32,11 +32,11 @@ def processor_key(processor) -> str:
 
 
 def sample_key(record: Record, processor_key: str) -> str:
-    """What identifies a processed record: its text, its files' sizes and times, the processor; "" if nothing can."""
+    """What identifies a processed record: its text, the state of its media, the processor; "" if nothing can."""
     if not record.content or not processor_key:
         return ""
     try:
-        states = [file_state(path) for path in media_paths(record.messages)]
+        states: list = record.states or [file_state(path) for path in media_paths(record.messages)]
     except OSError:
         return ""
     return hashlib.sha256(f"{processor_key} {record.content} {states}".encode()).hexdigest()
@@ -75,7 +75,8 @@ def measure_each(
     Args:
       processor: its `measure(conversation, **options)` tells tokens and grids without decoding pixels.
       processor_key: a hash of the processor's settings; "" measures everything again.
-      cache: the path that the file of facts begins with; None keeps none.
+      cache: the path that the file of facts begins with; None keeps none. Facts that came with a record are used where
+        they hold, and not kept there.
     """
     path = Path(f"{cache}.facts-{processor_key[:12]}.json") if cache and processor_key else None
     known = _read_facts(path) if path else {}
@@ -88,14 +89,20 @@ def measure_each(
             return Failure(f"record {index}", str(error))
         key = sample_key(record, processor_key)
         entry = known.get(key) if key else None
+        brought = bool(key) and record.known is not None and record.known[0] == key
+        if brought:
+            assert record.known is not None
+            entry = record.known[1]
         if entry is None:
             try:
+                if record.fetch is not None:
+                    record.fetch()
                 facts = processor.measure(record.messages, **record.options)
             except QwenVLError as error:
                 return Failure(f"{record.where} ({record.id})", f"{record.where}: {error}")
             # Equal frames follow each other: (patches in a frame, how many frames).
             entry = [facts.tokens, facts.loss_tokens, [[h * w, t] for t, h, w in facts.grids]]
-        if key:
+        if key and not brought:
             found[key] = entry
         tokens, loss_tokens, runs = entry
         frames = tuple(patches for patches, count in runs for _ in range(count))

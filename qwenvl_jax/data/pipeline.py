@@ -115,6 +115,8 @@ class SampleCache:
             return patches[-1][:0]
 
         try:
+            if record.fetch is not None:
+                record.fetch()
             sample = self._processor.sample(record.messages, read=read, **record.options)
         except (QwenVLError, OSError) as error:  # a file that has gone, too
             raise DataError(f"{record.where}: {error}") from error

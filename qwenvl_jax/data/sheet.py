@@ -25,11 +25,7 @@ def draw(seen: Preview, out: str | Path) -> Path:
       ConfigError: another ending, or a folder that is not there.
       MediaError: the file cannot be decoded.
     """
-    out = Path(out)
-    if out.suffix.lower() not in FORMATS:
-        raise ConfigError(f"--out {out} must end with one of {', '.join(FORMATS)}; change its ending.")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out} is in a folder that does not exist; make the folder, or choose another.")
+    out = check_picture(out)
     import matplotlib.figure
 
     choice = seen.opened.choice
@@ -60,6 +56,20 @@ def draw(seen: Preview, out: str | Path) -> Path:
             panel.set_title(f"{time:.2f} s, {index}", fontsize=7, pad=2)
         _draw_timeline(below.subplots(), seen)
         figure.savefig(out)
+    return out
+
+
+def check_picture(out: str | Path) -> Path:
+    """The path of a picture that can be drawn.
+
+    Raises:
+      ConfigError: an ending that is none of `FORMATS`, or a folder that is not there.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in FORMATS:
+        raise ConfigError(f"--out {out} must end with one of {', '.join(FORMATS)}; change its ending.")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out} is in a folder that does not exist; make the folder, or choose another.")
     return out
 
 

@@ -7,6 +7,7 @@ ArrayRecord data source for instance.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -36,6 +37,10 @@ class Record:
       content: sha256, in hex, of the record as it is written and of how it was read; empty for records that are not
         text.
       options: what else the processor's `sample` and `measure` take of it, by name: `tools`, `time_format` and such.
+      fetch: puts the media where `messages` says; to be called before they are opened. None if they lie there already.
+      states: what changes when a medium changes, for each in reading order; None takes the size and the time of files.
+      known: facts that came with the record, as `qwenvl_jax.data.facts` keeps them: the sample key that they hold for,
+        and the entry.
     """
 
     id: str
@@ -43,6 +48,9 @@ class Record:
     where: str
     content: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fetch: Callable[[], None] | None = None
+    states: list | None = None
+    known: tuple[str, list] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +74,11 @@ class Reading:
     seed: int = 0
     coordinates: Convention = THOUSANDTHS
     sizes: Callable[[dict], Sizes] | None = None
+
+    @classmethod
+    def of(cls, processor, **options) -> "Reading":
+        """How records are read for the model of a processor; `options` are the other fields."""
+        return cls(coordinates=processor.generation.coordinates, sizes=processor.picture_sizes, **options)
 
     def __post_init__(self):
         check_format(self.format)
@@ -118,10 +131,18 @@ class JsonlSource:
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> Record:
+        place = functools.partial(join, self.path.parent)
+        return read_record(self.text(index), self.where(index), index, place, self._reading)
+
+    def text(self, index: int) -> bytes:
+        """A record as it is written."""
         with self.path.open("rb") as file:
             file.seek(int(self._offsets[index]))
-            line = file.readline().strip()
-        return read_record(line, f"{self.path}:{self._numbers[index]}", index, self.path.parent, self._reading)
+            return file.readline().strip()
+
+    def where(self, index: int) -> str:
+        """File and line of a record."""
+        return f"{self.path}:{self._numbers[index]}"
 
 
 class ObjectSource:
@@ -149,7 +170,7 @@ class JoinedSources:
     """Several sources one after another."""
 
     def __init__(self, sources: Sequence[Source]):
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
         self._ends = np.cumsum([len(source) for source in sources])
 
     def __len__(self) -> int:
@@ -158,7 +179,7 @@ class JoinedSources:
     def __getitem__(self, index: int) -> Record:
         number = int(np.searchsorted(self._ends, index, side="right"))
         begin = int(self._ends[number - 1]) if number else 0
-        return self._sources[number][index - begin]
+        return self.sources[number][index - begin]
 
 
 class Subset:
@@ -179,20 +200,42 @@ class Subset:
 
 
 def open_source(source, reading: Reading = Reading()) -> Source:
-    """Opens a JSONL file by its path, several files by a tuple or list of paths, or wraps an object.
+    """Opens a JSONL file or a built data set by its path, several by a tuple or list of paths, or wraps an object.
 
     Raises:
-      DataError: see `JsonlSource` and `ObjectSource`.
+      DataError: see `JsonlSource`, `qwenvl_jax.data.built.BuiltSource` and `ObjectSource`.
     """
     if isinstance(source, str | os.PathLike):
-        return JsonlSource(source, reading)
+        return _open_path(source, reading)
     if isinstance(source, tuple | list) and source and all(isinstance(path, str | os.PathLike) for path in source):
-        return JoinedSources([JsonlSource(path, reading) for path in source])
+        return JoinedSources([_open_path(path, reading) for path in source])
     return ObjectSource(source, reading)
 
 
-def read_record(value, where: str, index: int, folder: Path | None, reading: Reading = Reading()) -> Record:
-    """Makes the conversation of a record, given as a mapping or as JSON text; media paths are relative to `folder`.
+def _open_path(path: str | os.PathLike, reading: Reading) -> Source:
+    if not os.path.isdir(path):
+        return JsonlSource(path, reading)
+    from qwenvl_jax.data.built import BuiltSource
+
+    return BuiltSource(path, reading)
+
+
+def join(folder: Path, path: str | os.PathLike) -> str:
+    """A path that a record gives relative to a folder."""
+    return str(folder / path)
+
+
+def read_record(
+    value, where: str, index: int, place: Callable[[str], str] | None, reading: Reading = Reading()
+) -> Record:
+    """Makes the conversation of a record, given as a mapping or as JSON text.
+
+    Args:
+      value: the record.
+      where: where it stands, for errors.
+      index: its number, which names it if it has no name.
+      place: gives the path where a medium lies that the record names; None for paths that are used as they are.
+      reading: how it is read.
 
     Raises:
       DataError: naming `where`, and what is wrong.
@@ -211,7 +254,7 @@ def read_record(value, where: str, index: int, folder: Path | None, reading: Rea
         )
     name = str(value.get("id", index))
     time_format = choose_time_format(reading.seed, name, reading.hms_share)
-    telling = Telling(time_format, reading.coordinates, _sizes_in(folder, reading.sizes))
+    telling = Telling(time_format, reading.coordinates, _sizes_in(place, reading.sizes))
     try:
         form = find_format(value) if reading.format == "auto" else reading.format
         messages = to_conversation(value, form, telling)
@@ -226,7 +269,7 @@ def read_record(value, where: str, index: int, folder: Path | None, reading: Rea
         told = [] if form == "messages" else [form, reading.coordinates]
         read = repr([*told, time_format]).encode() if told or time_format != "seconds" else b""
         content = hashlib.sha256(text + read).hexdigest()
-    return Record(name, [_with_paths(message, folder) for message in messages], where, content, options)
+    return Record(name, [_with_paths(message, place) for message in messages], where, content, options)
 
 
 def media_paths(messages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -250,28 +293,30 @@ def _files_of(part) -> list[str | os.PathLike]:
     ]
 
 
-def _sizes_in(folder: Path | None, sizes: Callable[[dict], Sizes] | None) -> Callable[[dict], Sizes] | None:
-    """`sizes` for parts whose paths are relative to `folder`."""
-    return None if sizes is None else lambda part: sizes(_with_path(part, folder))
+def _sizes_in(
+    place: Callable[[str], str] | None, sizes: Callable[[dict], Sizes] | None
+) -> Callable[[dict], Sizes] | None:
+    """`sizes` for parts whose media lie where `place` says."""
+    return None if sizes is None else lambda part: sizes(_with_path(part, place))
 
 
-def _with_paths(message, folder: Path | None):
+def _with_paths(message, place: Callable[[str], str] | None):
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
         return message
-    return {**message, "content": [_with_path(part, folder) for part in message["content"]]}
+    return {**message, "content": [_with_path(part, place) for part in message["content"]]}
 
 
-def _with_path(part, folder: Path | None):
-    if folder is None or not _files_of(part):
+def _with_path(part, place: Callable[[str], str] | None):
+    if place is None or not _files_of(part):
         return part
     value = part[part["type"]]
-    placed = [_placed(source, folder) for source in (value if isinstance(value, list) else [value])]
+    placed = [_placed(source, place) for source in (value if isinstance(value, list) else [value])]
     return {**part, part["type"]: placed if isinstance(value, list) else placed[0]}
 
 
-def _placed(source, folder: Path):
-    """A path from `folder`; addresses and media in memory as they are."""
-    return str(folder / source) if isinstance(source, str | os.PathLike) and not is_remote(source) else source
+def _placed(source, place: Callable[[str], str]):
+    """Where a path is; addresses and media in memory as they are."""
+    return place(os.fspath(source)) if isinstance(source, str | os.PathLike) and not is_remote(source) else source
 
 
 def _short(value) -> str:

@@ -24,7 +24,8 @@ class DataConfig:
     """Where the samples of a stage come from and how they are read.
 
     Attributes:
-      source: path of a JSONL file of records, several paths, or an object with `__len__` and `__getitem__`.
+      source: path of a JSONL file of records or of a folder that `qwenvl-jax data build` made, several paths, or an
+        object with `__len__` and `__getitem__`.
       format: of the records, one of those in docs/formats.md; "auto" tells them apart by their keys.
       hms_share: from 0 to 1, the share of records that tell times as H:M:S; the others tell seconds.
       shuffle: whether each epoch has an order of its own, drawn from the run's seed.

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from qwenvl_jax.data.built import with_other_facts
 from qwenvl_jax.data.facts import facts_digest, measure_each, processor_key
-from qwenvl_jax.data.failure import Failure
+from qwenvl_jax.data.failure import Failure, check_share
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import Plan, SampleFacts, misfit
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
 from qwenvl_jax.data.sources import Reading, Subset, open_source
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.train.config import DataConfig, StageConfig, TrainConfig
-from qwenvl_jax.train.quarantine import FILE, check_share
+from qwenvl_jax.train.quarantine import FILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,8 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
             if name not in seen:
                 say(f"{stage.name}: measuring the data")
                 source = open_source(data.source, _reading(data, config.seed, processor))
+                for folder in with_other_facts(source, key):
+                    say(f"{stage.name}: {folder} was built for another processor, so its samples are measured again")
                 entries = measure_each(source, processor, processor_key=key, cache=_beside(data.source))
                 seen[name] = source, entries, {}
             source, entries, digests = seen[name]
@@ -125,13 +128,7 @@ def _failures(entries: Iterable[SampleFacts | Failure], stage: StageConfig) -> I
 
 def _reading(data: DataConfig, seed: int, processor) -> Reading:
     """How the records of a stage are read: for this model, and alike in every stage of the run."""
-    return Reading(
-        format=data.format,
-        hms_share=data.hms_share,
-        seed=seed,
-        coordinates=processor.generation.coordinates,
-        sizes=processor.picture_sizes,
-    )
+    return Reading.of(processor, format=data.format, hms_share=data.hms_share, seed=seed)
 
 
 def _beside(source) -> Path | None:

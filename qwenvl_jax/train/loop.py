@@ -24,7 +24,7 @@ from qwenvl_jax.checkpoint import folder as folders
 from qwenvl_jax.checkpoint import source
 from qwenvl_jax.checkpoint.store import CheckpointStore, abstract_like
 from qwenvl_jax.config import QwenVLConfig
-from qwenvl_jax.data.failure import Failure
+from qwenvl_jax.data.failure import Failure, check_share
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.models.qwenvl import QwenVL
@@ -40,7 +40,7 @@ from qwenvl_jax.train.metrics import MetricsLog
 from qwenvl_jax.train.optimizer import make_optimizer
 from qwenvl_jax.train.overrides import apply_overrides
 from qwenvl_jax.train.progress import Progress
-from qwenvl_jax.train.quarantine import Quarantine, check_share
+from qwenvl_jax.train.quarantine import Quarantine
 from qwenvl_jax.train.state import ModelParts, Params, TrainState
 from qwenvl_jax.train.step import make_step
 

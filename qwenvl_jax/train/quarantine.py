@@ -1,4 +1,4 @@
-"""`quarantine.jsonl`: the samples that a run could not use, one a line, with the reason; and when there are too many.
+"""`quarantine.jsonl`: the samples that a run could not use, one a line, with the reason.
 
     {"stage": "s1", "step": 0, "sample": "clips.jsonl:7 (clip-6)", "reason": "clips.jsonl:7: video ... is truncated"}
 
@@ -8,33 +8,13 @@ tells of the first time.
 
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.data.failure import Failure
-from qwenvl_jax.errors import DataError
 
 FILE = "quarantine.jsonl"
-
-
-def check_share(failures: Collection[Failure], samples: int, allowed: float) -> None:
-    """Refuses data of which too much cannot be used.
-
-    Args:
-      failures: the samples that cannot be used.
-      samples: how many there are.
-      allowed: the share of them that may fail.
-
-    Raises:
-      DataError: names the first of them and the share.
-    """
-    if len(failures) > allowed * samples:
-        first = next(iter(failures))
-        raise DataError(
-            f"{first.reason} ({len(failures)} of {samples} samples cannot be used, data.max_failed={allowed} allows "
-            f"{int(allowed * samples)}; mend the data, or raise it)."
-        )
 
 
 class Quarantine:

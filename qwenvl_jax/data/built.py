@@ -1,0 +1,198 @@
+"""Data sets that `qwenvl-jax data build` made: records with their facts in ArrayRecord, read by tensorflow-datasets.
+
+    DST/                  a tfds data set, split "train": a record each, with the facts that a plan needs
+    DST/media/            another, if media are embedded: the bytes of each file once, whichever records show it
+    DST/processor/        tokenizer and settings that the facts hold for
+    DST/quarantine.jsonl  the records that were left out, if any
+    DST/media-cache/      embedded media as files, made when they are first wanted; may be deleted at any time
+
+A record is the line of the file that it came from, byte for byte, so that it is read as from there, and its batches are
+the same. ffmpeg reads files, not bytes: that is why media are taken out of the data set before they are decoded.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qwenvl_jax.data.sources import JoinedSources, Reading, Record, Source, join, read_record
+from qwenvl_jax.errors import DataError
+
+MEDIA, MEDIA_CACHE, PROCESSOR, QUARANTINE = "media", "media-cache", "processor", "quarantine.jsonl"
+SPLIT = "train"
+# What we say of a data set stands in tfds's own file of metadata.
+METADATA, OURS, VERSION = "metadata.json", "qwenvl_jax", 1
+
+
+def import_tfds() -> Any:
+    """tensorflow-datasets, which works without TensorFlow.
+
+    Raises:
+      DataError: it is not installed.
+    """
+    try:
+        # The package itself logs what fails when it is imported, and goes on.
+        import tensorflow_datasets.public_api as tfds
+    except ImportError as error:
+        raise DataError(
+            f"data sets in ArrayRecord need tensorflow-datasets ({error}); install it with "
+            "`pip install 'qwenvl_jax[tfds]'`."
+        ) from error
+    return tfds
+
+
+def built_metadata(folder: str | os.PathLike) -> dict[str, Any]:
+    """What `data build` wrote about a data set.
+
+    Raises:
+      DataError: the folder is not one that it made, or one of a newer version.
+    """
+    path = Path(folder) / METADATA
+    try:
+        ours = json.loads(path.read_text(encoding="utf-8"))[OURS]
+        version = ours["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"data folder {folder} is not a data set of `qwenvl-jax data build` ({METADATA} is missing or damaged); "
+            "give such a folder, or a JSONL file."
+        ) from error
+    if version != VERSION:
+        raise DataError(f"data folder {folder} has version {version}, this package reads {VERSION}; build it again.")
+    return ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """A medium within a data set.
+
+    Attributes:
+      index: number of the file in `DST/media`.
+      digest: sha256 of its bytes, in hex.
+      size: of the file, in bytes.
+    """
+
+    index: int
+    digest: str
+    size: int
+
+
+class BuiltSource:
+    """The records of a folder that `data build` made, with the facts that came with them.
+
+    Args:
+      folder: of the data set.
+      reading: how its records become conversations.
+
+    Raises:
+      DataError: the folder is not such a data set, or is damaged, or tensorflow-datasets is not installed; a record
+        cannot be read (raised on access, naming the file and the line that it came from).
+    """
+
+    def __init__(self, folder: str | os.PathLike, reading: Reading):
+        self.folder, self._reading = Path(folder), reading
+        metadata = built_metadata(folder)
+        self.processor_key = metadata["processor"]
+        self._records = _open(self.folder)
+        self._media = _open(self.folder / MEDIA) if metadata["embedded"] else None
+
+    def __reduce__(self):
+        # A worker process opens the files for itself.
+        return BuiltSource, (self.folder, self._reading)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        item = _read(self._records, index, self.folder)
+        where = f"{self.folder}[{index}], {item['where'].decode()}"
+        origin, number, text = Path(os.fsdecode(item["folder"])), int(item["number"]), item["record"]
+        entry = [int(item["tokens"]), int(item["loss_tokens"]), item["frames"].tolist()]
+        known = (item["key"].decode(), entry)
+        if self._media is None:
+            record = read_record(text, where, number, functools.partial(join, origin), self._reading)
+            return dataclasses.replace(record, known=known)
+        inside = {path: Embedded(*values) for path, values in json.loads(item["media"]).items()}
+        places = {path: self._place(path, medium) for path, medium in inside.items()}
+
+        def place(path: str) -> str:
+            return places.get(join(origin, path), join(origin, path))
+
+        record = read_record(text, where, number, place, self._fetching(inside))
+        return dataclasses.replace(
+            record,
+            known=known,
+            states=embedded_states(inside.values()),
+            fetch=functools.partial(self._fetch, inside),
+        )
+
+    def _fetching(self, inside: dict[str, Embedded]) -> Reading:
+        """The reading, with media fetched before their sizes are asked for."""
+        sizes = self._reading.sizes
+        if sizes is None:
+            return self._reading
+
+        def fetched(part: dict):
+            self._fetch(inside)
+            return sizes(part)
+
+        return dataclasses.replace(self._reading, sizes=fetched)
+
+    def _place(self, path: str, medium: Embedded) -> str:
+        """Where an embedded medium lies as a file, once it was fetched."""
+        return str(self.folder / MEDIA_CACHE / (medium.digest + Path(path).suffix))
+
+    def _fetch(self, inside: dict[str, Embedded]) -> None:
+        """Writes the embedded media of a record that are not there yet into files, each whole or not at all."""
+        for path, medium in inside.items():
+            target = Path(self._place(path, medium))
+            if target.is_file() and target.stat().st_size == medium.size:
+                continue
+            data = _read(self._media, medium.index, self.folder / MEDIA)["data"]
+            try:
+                target.parent.mkdir(exist_ok=True)
+                with tempfile.NamedTemporaryFile(
+                    dir=target.parent, prefix=f".{target.stem[:8]}.", delete=False
+                ) as file:
+                    file.write(data)
+                os.replace(file.name, target)
+            except OSError as error:
+                raise DataError(
+                    f"{target.parent}: embedded media are decoded from files in this folder, which cannot be written "
+                    f"({error.strerror}); copy the data set to a place that can, or build it with --reference-media."
+                ) from error
+
+
+def embedded_states(media: Iterable[Embedded]) -> list:
+    """What changes when an embedded medium changes, for each; see `Record.states`."""
+    return [["embedded", medium.digest] for medium in media]
+
+
+def with_other_facts(source: Source, processor_key: str) -> list[Path]:
+    """The folders of a source whose facts are another processor's."""
+    sources = source.sources if isinstance(source, JoinedSources) else (source,)
+    return [one.folder for one in sources if isinstance(one, BuiltSource) and one.processor_key != processor_key]
+
+
+def _open(folder: Path) -> Any:
+    """The records of a tfds data set, with random access."""
+    tfds = import_tfds()
+    try:
+        return tfds.builder_from_directory(folder).as_data_source(SPLIT)
+    except Exception as error:  # whatever tfds, protobuf and array_record raise about files that are damaged
+        raise _damaged(folder, error) from error
+
+
+def _read(items: Any, index: int, folder: Path) -> dict[str, Any]:
+    try:
+        return items[index]
+    except Exception as error:  # array_record raises ValueError and RuntimeError, protobuf its own
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> DataError:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return DataError(f"data folder {folder} cannot be read ({said}); copy it again, or build it again.")
