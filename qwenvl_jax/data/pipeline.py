@@ -166,7 +166,7 @@ class BatchLoader:
         names = ("pixel_table", "merge_size", "pad_token_id", "patch_dim", "window")
         self._fixed = {name: getattr(processor, name) for name in names}
         block = processor.merge_size**2
-        if any(length % block for _, length in plan.shape.vision):
+        if any(length % block for _, length in plan.shape.buckets):
             raise ConfigError(f"batch.vision={plan.shape.vision}: patches in a row must be a multiple of {block}.")
 
     def __call__(self, step: int) -> PlannedBatch:
@@ -192,7 +192,7 @@ class BatchLoader:
             rows,
             length=shape.length,
             groups=shape.groups,
-            vision_shape=shape.vision,
+            vision_shape=shape.buckets,
             **self._fixed,
         )
         return PlannedBatch(batch, tokens, digest.hexdigest(), tuple(failed))
