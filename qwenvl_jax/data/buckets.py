@@ -57,6 +57,7 @@ def with_buckets(
     tokens = np.asarray([one.tokens for one in facts], np.int64)
     stream = Stream(parts, tokens, seed=seed, rate_weights=rate_weights, weigh_by=weigh_by)
     demands = list(_demands(stream, facts, shape.rows // shape.groups * shape.length))
+    demand = float(np.mean([sum(size * count for size, count in pile.items()) for pile in demands]))
     longest = max(max(one.frames) for one in facts if one.frames)
     groups = min(shape.groups, _GROUPS)
     small = dataclasses.replace(shape, groups=groups, rows=shape.rows // shape.groups * groups)
@@ -69,7 +70,13 @@ def with_buckets(
     def trial(lengths: tuple[int, ...], share: float) -> float:
         vision = _with_room(_rows_for(lengths, demands, share), facts)
         if vision not in tried:
-            tried[vision] = min(fill(plan.reshaped(dataclasses.replace(small, vision=vision)), range(_FIRST, _STEPS)))
+            of_tokens, of_patches = fill(
+                plan.reshaped(dataclasses.replace(small, vision=vision)), range(_FIRST, _STEPS)
+            )
+            # Where steps take less of what has frames than comes, that piles up until little else waits, and then
+            # tokens are as few as the vision rows allow.
+            slots = sum(rows * length for rows, length in vision)
+            tried[vision] = float(min(of_tokens, of_patches, of_patches * slots / demand))
         return tried[vision]
 
     likely = sorted(_lengths(longest, merge), key=lambda lengths: -trial(lengths, 1.0))[:_BEST]

@@ -19,6 +19,8 @@ from qwenvl_jax.errors import DataError, QwenVLError
 
 # Probing a file waits for another process, so a few at a time even on few cores.
 _PROBES = 4
+# Entries of a file of facts that are kept beside those in use, for each of them.
+_OTHERS = 7
 
 
 def processor_key(processor) -> str:
@@ -110,8 +112,10 @@ def measure_each(
 
     with concurrent.futures.ThreadPoolExecutor(_PROBES) as pool:
         facts = tuple(pool.map(measure, range(len(source))))
-    if path and found != known:
-        _write_facts(path, found)
+    if path and not found.items() <= known.items():
+        # What other settings found out (frame rates, say) stays, as long as it is not much more than this.
+        others = dict(list(known.items())[-_OTHERS * len(found) :])
+        _write_facts(path, others | found)
     return facts
 
 

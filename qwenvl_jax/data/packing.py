@@ -14,7 +14,6 @@ waits for ever. Every step has the same shapes:
                row 1 | f f f f f b b b |     group 1 | patches of f, b |
 """
 
-import bisect
 import collections
 import copy
 import dataclasses
@@ -37,7 +36,7 @@ _STEPS_AHEAD = 4
 _HASTE = 1.1
 # Steps remembered, each with the state that the next one follows from.
 _REMEMBERED = 256
-_KEPT_STATES = 1024  # steps between states that are kept for good
+_KEPT_PLACES = 1024  # steps between places that are kept for good
 
 VisionShape = tuple[tuple[int, int], ...]
 AUTO = "auto"
@@ -123,7 +122,7 @@ def misfit(sample: SampleFacts, shape: BatchShape) -> str | None:
         )
     if not sample.loss_tokens:
         return "teaches nothing: no token of it is the assistant's; give it an assistant turn, or remove it."
-    if not sample.frames:
+    if not sample.frames or shape.vision == AUTO:
         return None
     if not shape.buckets:
         return "has images or videos, but batch.vision is empty; give it pairs (rows, patches in a row)."
@@ -147,11 +146,39 @@ class _Step:
 
     Attributes:
       rows: the entries of each row, in order.
-      state: of the plan after it; see `Plan.state`.
+      after: how the plan goes on from it.
     """
 
     rows: tuple[tuple[int, ...], ...]
-    state: dict[str, Any]
+    after: "_Place"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a plan stands before a step.
+
+    Attributes:
+      step: number of the step.
+      waiting: i64[n], entries that were drawn and not laid yet, in order.
+      since: i64[n], the step at which each was drawn, rising.
+      stream: state of the stream.
+    """
+
+    step: int
+    waiting: np.ndarray
+    since: np.ndarray
+    stream: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        lists = {"waiting": self.waiting.tolist(), "since": self.since.tolist()}
+        return {"step": self.step, **lists, "stream": self.stream}
+
+    @classmethod
+    def of_json(cls, state: dict[str, Any]) -> "_Place":
+        """From plain values."""
+        waiting, since = (np.asarray(state[name], np.int64) for name in ("waiting", "since"))
+        return cls(state["step"], waiting, since, state["stream"])
 
 
 def fill(plan: "Plan", steps: Iterable[int]) -> tuple[float, float]:
@@ -230,23 +257,25 @@ class Plan:
             self.parts, self._tokens, seed=seed, shuffle=shuffle, rate_weights=rate_weights, weigh_by=weigh_by
         )
         self._window, self._length = window, steps
-        begin: dict[str, Any] = {"step": 0, "waiting": [], "since": [], "stream": self._stream.state}
-        self._states = {0: begin} if state is None else {0: begin, state["step"]: state}
+        none = np.empty(0, np.int64)
+        self._next = _Place(0, none, none, self._stream.state)
+        self._places = {0: self._next}
         self._recent: collections.OrderedDict[int, _Step] = collections.OrderedDict()
-        self._next = begin if state is None else state
         self._lock = threading.Lock()
+        if state is not None:
+            self.resume(state)
 
     def __reduce__(self):
         # A worker process plans for itself, from here on: the plan is a function of its arguments.
         with self._lock:
-            return functools.partial(Plan, **self._options, state=self._next), (self.facts, self.shape)
+            return functools.partial(Plan, **self._options, state=self._next.to_json()), (self.facts, self.shape)
 
     def reshaped(self, shape: BatchShape) -> "Plan":
         """The plan of the same samples from its beginning, in a shape that is known to hold each of them."""
         other = copy.copy(self)
         other.shape, other._lock, other._stream = shape, threading.Lock(), copy.deepcopy(self._stream)
-        other._next, other._recent = self._states[0], collections.OrderedDict()
-        other._states = {0: other._next}
+        other._next, other._recent = self._places[0], collections.OrderedDict()
+        other._places = {0: other._next}
         return other
 
     def __getitem__(self, step: int) -> tuple[tuple[int, ...], ...]:
@@ -254,47 +283,46 @@ class Plan:
 
     def state(self, step: int) -> dict[str, Any]:
         """What a plan goes on from after its first `step` steps; plain values, for JSON."""
-        if not step:
-            return self._states[0]
-        return self._planned(step - 1).state
+        return (self._planned(step - 1).after if step else self._places[0]).to_json()
 
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on from a state that a plan of the same arguments had, so that its steps are not planned once more."""
         with self._lock:
-            self._next = self._states[state["step"]] = state
+            self._next = self._places[state["step"]] = _Place.of_json(state)
 
     def _planned(self, step: int) -> _Step:
         with self._lock:
             if step in self._recent:
                 return self._recent[step]
-            if step < self._next["step"]:
-                self._next = self._states[max(begin for begin in self._states if begin <= step)]
+            if step < self._next.step:
+                self._next = self._places[max(begin for begin in self._places if begin <= step)]
             while True:
-                number = self._next["step"]
+                number = self._next.step
                 planned = self._plan(self._next)
-                self._recent[number], self._next = planned, planned.state
+                self._recent[number], self._next = planned, planned.after
                 self._recent.move_to_end(number)
                 if len(self._recent) > _REMEMBERED:
                     self._recent.popitem(last=False)
-                if (number + 1) % _KEPT_STATES == 0:
-                    self._states[number + 1] = planned.state
+                if (number + 1) % _KEPT_PLACES == 0:
+                    self._places[number + 1] = planned.after
                 if number == step:
                     return planned
 
-    def _plan(self, state: dict[str, Any]) -> _Step:
-        """The step that follows from a state."""
-        step, waiting, since = state["step"], list(state["waiting"]), list(state["since"])
-        self._stream.restore(state["stream"])
-        self._draw(step, waiting, since)
-        if not waiting:
+    def _plan(self, place: _Place) -> _Step:
+        """The step that follows from a place."""
+        self._stream.restore(place.stream)
+        drawn = self._draw(place)
+        waiting = np.concatenate([place.waiting, drawn])
+        since = np.concatenate([place.since, np.full(len(drawn), place.step, np.int64)])
+        if not len(waiting):
             raise DataError(
-                f"the mixture comes to its end before step {step + 1}: every part was given max_epochs times; take "
-                "fewer steps, or raise max_epochs."
+                f"the mixture comes to its end before step {place.step + 1}: every part was given max_epochs times; "
+                "take fewer steps, or raise max_epochs."
             )
-        late = bisect.bisect_right(since, step - PATIENCE)  # they came in order
+        late = int(np.searchsorted(since, place.step - PATIENCE, side="right"))
         order = self._order(late, waiting)
         row_of = lay_samples(
-            np.asarray(waiting, np.int64)[order],
+            waiting[order],
             self._tokens,
             self._patches,
             self._frames,
@@ -306,50 +334,40 @@ class Plan:
             vision=self.shape.buckets,
         )
         rows: list[list[int]] = [[] for _ in range(self.shape.rows)]
-        placed = set()
-        for place, row in zip(order, row_of.tolist(), strict=True):
+        for entry, row in zip(waiting[order].tolist(), row_of.tolist(), strict=True):
             if row >= 0:
-                rows[row].append(waiting[place])
-                placed.add(place)
-        left = [place for place in range(len(waiting)) if place not in placed]
-        after = {
-            "step": step + 1,
-            "waiting": [waiting[place] for place in left],
-            "since": [since[place] for place in left],
-            "stream": self._stream.state,
-        }
-        return _Step(tuple(map(tuple, rows)), after)
+                rows[row].append(entry)
+        left = np.sort(order[row_of < 0])
+        return _Step(tuple(map(tuple, rows)), _Place(place.step + 1, waiting[left], since[left], self._stream.state))
 
-    def _draw(self, step: int, waiting: list[int], since: list[int]) -> None:
-        """Takes from the stream what the window has room for."""
-        progress = min(1.0, step / (self._length - 1)) if self._length > 1 else 0.0
+    def _draw(self, place: _Place) -> np.ndarray:
+        """i64[n], entries from the stream, as many as the window has room for."""
+        progress = min(1.0, place.step / (self._length - 1)) if self._length > 1 else 0.0
         slots = _STEPS_AHEAD * self.shape.rows * self.shape.length
-        tokens = int(self._tokens[waiting].sum())
-        while (
-            len(waiting) < self._window
-            if self._window
-            else tokens < slots or len(waiting) < _STEPS_AHEAD * self.shape.rows
-        ):
+        count, tokens = len(place.waiting), int(self._tokens[place.waiting].sum())
+        drawn: list[int] = []
+        while count < self._window if self._window else tokens < slots or count < _STEPS_AHEAD * self.shape.rows:
             taken = self._stream.take(progress)
             if taken is None:
-                return
-            waiting.append(taken[1])
-            since.append(step)
+                break
+            drawn.append(taken[1])
+            count += 1
             tokens += int(self._tokens[taken[1]])
+        return np.asarray(drawn, np.int64)
 
-    def _order(self, late: int, waiting: Sequence[int]) -> list[int]:
-        """Places in `waiting`, in the order in which they are laid into rows; the first `late` stay first."""
+    def _order(self, late: int, waiting: np.ndarray) -> np.ndarray:
+        """i64[n], places in `waiting`, in the order in which they are laid into rows: the first `late` stay first.
+
+        What fills the vision rows goes before text, and the long before the short, which fill what is left.
+        """
         if self._window == 1:
-            return list(range(len(waiting)))
-        rest = sorted(range(late, len(waiting)), key=lambda place: self._first(waiting[place]))
-        return [*range(late), *rest]
+            return np.arange(len(waiting))
+        rest = waiting[late:]
+        order = np.lexsort((-self._tokens[rest], -self._patches[rest]))
+        return np.concatenate([np.arange(late), late + order])
 
-    def _most_patches(self, waiting: Sequence[int]) -> int:
+    def _most_patches(self, waiting: np.ndarray) -> int:
         """Patches that a step takes at most: somewhat more than its part of those that wait; so steps are alike."""
         tokens, patches = int(self._tokens[waiting].sum()), self._patches[waiting]
         part = self.shape.rows * self.shape.length / tokens
         return max(int(_HASTE * part * int(patches.sum())), int(patches.max()))
-
-    def _first(self, entry: int) -> tuple[int, int]:
-        """Sorts what fills the vision rows before text, and the long before the short, which fill what is left."""
-        return -int(self._patches[entry]), -int(self._tokens[entry])
