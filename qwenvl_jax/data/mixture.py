@@ -184,7 +184,8 @@ class MixtureReader:
         source = part.source
         if not isinstance(source, str | tuple):
             source = tuple(source) if isinstance(source, list) else id(source)
-        name = (source, part.format, hms_share, part.max_samples, rates, budget)
+        some = None if part.max_samples is None else (part.max_samples, part.name)
+        name = (source, part.format, hms_share, some, rates, budget)
         if name not in self._measured:
             self._say(f"measuring {_called(part)}")
             reading = Reading.of(self._processor, format=part.format, hms_share=hms_share, seed=self._seed)
@@ -298,7 +299,7 @@ def _fitting(
         lowered += sum(entry != other for entry, other in zip(row, chosen, strict=True))
         rows.append(chosen)
     used = sorted({entry for row in rows for entry in row})
-    table = np.searchsorted(used, np.asarray(rows, np.int64).reshape(len(rows), -1))
+    table = np.searchsorted(used, np.asarray(rows, np.int64).reshape(len(rows), measured.table.shape[1]))
     return table, used, failures, lowered
 
 

@@ -48,8 +48,8 @@ def test_rows_fit_and_no_sample_is_lost():
             assert sum(facts[i].tokens for i in row) <= SHAPE.length
         for group in (rows[:2], rows[2:]):
             assert place_frames([f for row in group for i in row for f in facts[i].frames], SHAPE.vision) is not None
-    # A sample may wait for its turn, PATIENCE steps and then until those before it had theirs, one a step or more. (There
-    # are more frames of 48 patches here than rows for them.)
+    # A sample may wait for its turn, PATIENCE steps and then until those before it had theirs, one a step or more:
+    # here are more frames of 48 patches than rows for them.
     waiting = plan.state(200)["waiting"]
     counts.update(waiting)
     assert max(counts.values()) - min(counts.values()) <= 1
