@@ -111,20 +111,25 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
             room = kept.setdefault(data.cache_bytes, Kept(data.cache_bytes))
             samples = SampleCache(mixture.source, processor, kept=room, folder=data.cache_dir, processor_key=key)
             loader = BatchLoader(plan, samples, processor)
+            told = list(_described(stage, mixture, plan))
         except DataError as error:
             raise DataError(f"stage {stage.name}: {error}") from error
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
         end = begin + stage.steps
         stages.append(Stage(stage, index, begin, end, loader, mixture.digest, mixture.samples, mixture.failures))
-        for line in _described(stage, mixture, plan):
+        for line in told:
             say(f"{stage.name}: {line}")
         begin = end
     return tuple(stages)
 
 
 def _described(stage: StageConfig, mixture: Mixture, plan: Plan) -> Iterator[str]:
-    """What a user should know of the data of a stage, line by line."""
+    """What a user should know of the data of a stage, line by line.
+
+    Raises:
+      DataError: a mixture that will come to its end before the stage does.
+    """
     facts, count = mixture.facts, sum(len(part.entries) for part in mixture.parts)
     tokens = sum(sample.tokens for sample in facts)
     yield f"{count} samples of {tokens / len(facts):.0f} tokens on average, {stage.steps} steps"
@@ -136,6 +141,14 @@ def _described(stage: StageConfig, mixture: Mixture, plan: Plan) -> Iterator[str
     if stage.batch.vision == AUTO:
         yield f"vision rows chosen for the data: batch.vision={plan.shape.vision}"
     of_tokens, of_patches = fill(plan, range(min(stage.steps, _LOOKED_AT)))
+    slots = plan.shape.rows * plan.shape.length
+    means = [np.mean([facts[entry].tokens for entry in part.entries.flat]) for part in mixture.parts]
+    enough = sum(part.most * mean for part, mean in zip(mixture.parts, means, strict=True)) / (slots * of_tokens)
+    if enough < stage.steps:
+        raise DataError(
+            f"the mixture has samples for about {enough:.0f} of {stage.steps} steps, since every part has max_epochs; "
+            "take fewer steps, or raise it."
+        )
     filled = f"{of_tokens:.0%} of the token slots"
     if plan.shape.vision:
         filled += f" and {of_patches:.0%} of the patch slots"
