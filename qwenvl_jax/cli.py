@@ -555,8 +555,8 @@ def _add_data_steps(commands) -> None:
     parser = commands.add_parser(
         "steps",
         help="what the steps of a training config will hold: slots filled, shares of a mixture",
-        description="Plans the steps of a training config without taking one, and tells how much of their token and patch\n"
-        "slots they fill, how even the vision groups are, and which part of a mixture their samples are of.",
+        description="Plans the steps of a training config without taking one, and tells how much of their token and\n"
+        "patch slots they fill, how even the vision groups are, and which part of a mixture their samples are of.",
         epilog=f"""examples:
   {PROG} data steps clips.py --steps 1000
   {PROG} data steps clips.py --steps 200 --out steps.png --data.window 64 --batch.vision auto

@@ -11,7 +11,7 @@ from qwenvl_jax.data.laying import frames_fit
 from qwenvl_jax.data.packing import PATIENCE, BatchShape, Plan, SampleFacts, fill
 from qwenvl_jax.data.stream import one_part
 from qwenvl_jax.errors import ConfigError
-from tests.data.skewed import WEIGHTS, skewed_facts
+from tools.bench_packing import WEIGHTS, skewed_facts
 
 AUTO = BatchShape(rows=32, length=4096, groups=8, vision="auto")
 
