@@ -120,11 +120,10 @@ class MixtureReader:
     Args:
       processor, processor_key: see `qwenvl_jax.data.facts.measure_each`.
       seed: of the run.
-      say: told of what takes time.
     """
 
-    def __init__(self, processor, processor_key: str, seed: int, say: Callable[[str], None]):
-        self._processor, self._key, self._seed, self._say = processor, processor_key, seed, say
+    def __init__(self, processor, processor_key: str, seed: int):
+        self._processor, self._key, self._seed = processor, processor_key, seed
         self._measured: dict[Any, _Measured] = {}
 
     def read(
@@ -137,6 +136,7 @@ class MixtureReader:
         frame_rates: Sequence[float] = (),
         budget: VideoBudget = VideoBudget(),
         modality_weights: Sequence[tuple[str, float]] = (),
+        say: Callable[[str], None] = lambda line: None,
     ) -> Mixture:
         """Reads the parts of a mixture.
 
@@ -148,6 +148,7 @@ class MixtureReader:
           budget: of videos.
           modality_weights: shares of the modalities, divided among the parts of each by their weights; none leaves the
             weights of the parts as they are.
+          say: told of what takes time, and of what surprises.
 
         Raises:
           DataError: a part that is missing, or of which nothing can be used; too many records that cannot.
@@ -162,7 +163,7 @@ class MixtureReader:
         empty: list[tuple[MixturePart, list[Failure]]] = []
         samples, lowered = 0, 0
         for part, (weight, final) in zip(parts, weights, strict=True):
-            measured = self._measure(part, hms_share, tuple(frame_rates), budget)
+            measured = self._measure(part, hms_share, tuple(frame_rates), budget, say)
             table, used, failed, changed = _fitting(measured, misfit)
             failures += failed
             samples += len(measured.table)
@@ -180,18 +181,18 @@ class MixtureReader:
         source = sources[0] if len(sources) == 1 else JoinedSources(sources)
         return Mixture(source, tuple(facts), tuple(found), tuple(failures), samples, lowered)
 
-    def _measure(self, part: MixturePart, hms_share: float, rates: tuple[float, ...], budget: VideoBudget):
+    def _measure(self, part: MixturePart, hms_share: float, rates: tuple[float, ...], budget: VideoBudget, say):
         source = part.source
         if not isinstance(source, str | tuple):
             source = tuple(source) if isinstance(source, list) else id(source)
         some = None if part.max_samples is None else (part.max_samples, part.name)
         name = (source, part.format, hms_share, some, rates, budget)
         if name not in self._measured:
-            self._say(f"measuring {_called(part)}")
+            say(f"measuring {_called(part)}")
             reading = Reading.of(self._processor, format=part.format, hms_share=hms_share, seed=self._seed)
             records = open_source(part.source, reading)
             for folder in with_other_facts(records, self._key):
-                self._say(f"{folder} was built for another processor, so its samples are measured again")
+                say(f"{folder} was built for another processor, so its samples are measured again")
             if part.max_samples is not None and part.max_samples < len(records):
                 records = Subset(records, _drawn(len(records), part, self._seed).tolist())
             at_rates = AtRates(records, rates, budget)

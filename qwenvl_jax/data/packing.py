@@ -29,7 +29,7 @@ from qwenvl_jax.data.stream import Part, Stream, WeighBy, one_part
 from qwenvl_jax.errors import ConfigError, DataError
 
 # Steps that a sample waits at most while others that fill the rows better go before it.
-PATIENCE = 8
+PATIENCE = 3
 # A step chooses from samples that would fill as many steps.
 _STEPS_AHEAD = 4
 # How much more than the mean a step may take of the patches that wait.
@@ -211,7 +211,8 @@ class Plan:
       seed: of the shuffles.
       window: how many samples of the stream a step chooses from; 0 takes as many as would fill four steps, and at least
         four for each row.
-      shuffle: whether an epoch is shuffled; else it has the order of the data.
+      shuffle: whether an epoch is shuffled; else it has the order of the data, and steps keep to it as far as samples
+        fit.
       parts: of the mixture, over `facts`; None is a single part.
       rate_weights, weigh_by: see `qwenvl_jax.data.stream.Stream`.
       steps: of the stage, over which weights change from the first to the last; 0 where none do.
@@ -319,7 +320,9 @@ class Plan:
                 f"the mixture comes to its end before step {place.step + 1}: every part was given max_epochs times; "
                 "take fewer steps, or raise max_epochs."
             )
-        late = int(np.searchsorted(since, place.step - PATIENCE, side="right"))
+        # Data whose order is to be kept is laid as it came.
+        kept = not self._options["shuffle"] or self._window == 1
+        late = len(waiting) if kept else int(np.searchsorted(since, place.step - PATIENCE, side="right"))
         order = self._order(late, waiting)
         row_of = lay_samples(
             waiting[order],
@@ -360,8 +363,6 @@ class Plan:
 
         What fills the vision rows goes before text, and the long before the short, which fill what is left.
         """
-        if self._window == 1:
-            return np.arange(len(waiting))
         rest = waiting[late:]
         order = np.lexsort((-self._tokens[rest], -self._patches[rest]))
         return np.concatenate([np.arange(late), late + order])

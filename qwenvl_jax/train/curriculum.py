@@ -82,7 +82,7 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
     """
     stages: list[Stage] = []
     begin, key = 0, processor_key(processor)
-    reader = MixtureReader(processor, key, config.seed, say)
+    reader = MixtureReader(processor, key, config.seed)
     kept: dict[int, Kept] = {}
     for index, stage in enumerate(config.stages):
         _check_carry(config, index)
@@ -96,6 +96,7 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
                 frame_rates=[rate for rate, _ in data.frame_rates],
                 budget=data.video_budget,
                 modality_weights=data.modality_weights,
+                say=functools.partial(_say_of, stage, say),
             )
             # Two streams of the same data in one run are shuffled apart.
             seed = int(np.random.SeedSequence([config.seed, index]).generate_state(1, np.uint64)[0])
@@ -122,6 +123,10 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
             say(f"{stage.name}: {line}")
         begin = end
     return tuple(stages)
+
+
+def _say_of(stage: StageConfig, say: Callable[[str], None], line: str) -> None:
+    say(f"{stage.name}: {line}")
 
 
 def _described(stage: StageConfig, mixture: Mixture, plan: Plan) -> Iterator[str]:

@@ -56,7 +56,7 @@ def processor(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def reader(processor):
-    return MixtureReader(processor, processor_key(processor), seed=0, say=lambda line: None)
+    return MixtureReader(processor, processor_key(processor), seed=0)
 
 
 def read(reader, *parts, shape=SHAPE, **options):
