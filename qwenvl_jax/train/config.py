@@ -17,7 +17,7 @@ from qwenvl_jax.errors import ConfigError
 
 # Settings that say how a run is carried out, not what it computes.
 RUNTIME_FIELDS = frozenset(
-    {"cache_bytes", "cache_dir", "threads", "workers", "prefetch", "keep_checkpoints", "max_failed"}
+    {"cache_bytes", "cache_dir", "threads", "workers", "prefetch", "worker_timeout", "keep_checkpoints", "max_failed"}
 )
 
 
@@ -45,6 +45,7 @@ class DataConfig:
       threads: that make batches; 0 makes them between the steps.
       workers: processes that make batches, each with caches and threads of its own; 0 stays in this one.
       prefetch: batches made ahead.
+      worker_timeout: seconds without a batch after which workers count as hung and are replaced.
       max_failed: share of the samples that may fail (a damaged file, say) and be left out, each told and written to the
         run's `quarantine.jsonl`; with more the run stops.
     """
@@ -64,9 +65,12 @@ class DataConfig:
     threads: int = 1
     workers: int = 0
     prefetch: int = 2
+    worker_timeout: float = 600.0
     max_failed: float = 0.02
 
     def __post_init__(self):
+        if not self.worker_timeout > 0:
+            raise ConfigError(f"data.worker_timeout={self.worker_timeout} must be more than 0 seconds.")
         if not 0 <= self.max_failed <= 1:
             raise ConfigError(f"data.max_failed={self.max_failed} must be a share, from 0 to 1.")
         if self.mixture and (self.source != "" or self.format != "auto"):
