@@ -100,35 +100,19 @@ class JsonlSource:
     Args:
       path: of the file.
       reading: how its records become conversations.
+      places: of its lines, if they were looked up before, in this process or another.
 
     Raises:
       DataError: the file is missing, cannot be read or has no records; a line is not a record (raised on access,
         naming file and line).
     """
 
-    def __init__(self, path: str | os.PathLike, reading: Reading = Reading()):
+    def __init__(self, path: str | os.PathLike, reading: Reading = Reading(), places: np.ndarray | None = None):
         self.path, self._reading = Path(path), reading
-        offsets, numbers, offset = [], [], 0
-        try:
-            with self.path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        offsets.append(offset)
-                        numbers.append(number)
-                    offset += len(line)
-        except OSError as error:
-            raise DataError(
-                f"data file {self.path} cannot be read ({error.strerror}); give a JSONL file of records "
-                '{"id": ..., "messages": [...]}, one a line.'
-            ) from error
-        if not offsets:
-            raise DataError(
-                f'data file {self.path} holds no records; write one {{"id": ..., "messages": [...]}} a line.'
-            )
-        self._offsets, self._numbers = np.asarray(offsets, np.int64), np.asarray(numbers, np.int64)
+        self.places = _places(self.path) if places is None else places  # i64[n, 2]: offset, number of the line
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> Record:
         place = functools.partial(join, self.path.parent)
@@ -137,12 +121,31 @@ class JsonlSource:
     def text(self, index: int) -> bytes:
         """A record as it is written."""
         with self.path.open("rb") as file:
-            file.seek(int(self._offsets[index]))
+            file.seek(int(self.places[index, 0]))
             return file.readline().strip()
 
     def where(self, index: int) -> str:
         """File and line of a record."""
-        return f"{self.path}:{self._numbers[index]}"
+        return f"{self.path}:{self.places[index, 1]}"
+
+
+def _places(path: Path) -> np.ndarray:
+    """i64[n, 2]: where each line that holds something begins, in bytes, and its number, from 1."""
+    places, offset = [], 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    places.append((offset, number))
+                offset += len(line)
+    except OSError as error:
+        raise DataError(
+            f"data file {path} cannot be read ({error.strerror}); give a JSONL file of records "
+            '{"id": ..., "messages": [...]}, one a line.'
+        ) from error
+    if not places:
+        raise DataError(f'data file {path} holds no records; write one {{"id": ..., "messages": [...]}} a line.')
+    return np.asarray(places, np.int64)
 
 
 class ObjectSource:
@@ -177,9 +180,14 @@ class JoinedSources:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Record:
+        source, number = self.locate(index)
+        return source[number]
+
+    def locate(self, index: int) -> tuple[Any, int]:
+        """The source that a record comes from, and its number there."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         begin = int(self._ends[number - 1]) if number else 0
-        return self.sources[number][index - begin]
+        return self.sources[number], index - begin
 
 
 class Subset:
