@@ -458,11 +458,16 @@ def _add_data_build(commands) -> None:
         epilog=f"""examples:
   {PROG} data build clips.jsonl ./clips --model Qwen/Qwen3-VL-4B-Instruct
   {PROG} data build a.jsonl b.jsonl ./clips --model ./my-model --embed-media --shards 16
+  {PROG} data build clips.jsonl ./clips --beam DirectRunner --beam-option direct_num_workers=8 \\
+      --beam-option direct_running_mode=multi_processing
 
 From Python, also without TensorFlow: tfds.builder_from_directory("./clips").as_data_source("train").
 
-Records that cannot be used are left out and listed in DST/quarantine.jsonl; too many, and nothing is written. DST
-comes whole or not at all. Needed beside this package: pip install 'qwenvl_jax[tfds]'.""",
+Records that cannot be used are left out and listed in DST/quarantine.jsonl; too many, and DST is not written. DST comes
+whole or not at all: until then, what is done lies beside it in .DST.building, from which a build that was killed goes on
+when it is started again. With --beam a cluster measures and writes, whose workers have this package and see SRC, media
+and DST under the same paths. Needed beside this package: pip install 'qwenvl_jax[tfds]', for --beam
+'qwenvl_jax[beam]'.""",
     )
     parser.add_argument("sources", metavar="SRC", nargs="+", help="JSONL files, in the order of their records")
     parser.add_argument("destination", metavar="DST", help="a new or empty folder")
@@ -475,6 +480,10 @@ comes whole or not at all. Needed beside this package: pip install 'qwenvl_jax[t
     parser.add_argument("--shards", metavar="N", type=int, help="files of records; default: one for each 256 MiB")
     parser.add_argument(
         "--max-failed", metavar="X", type=float, default=0.02, help="share that may fail; default: %(default)s"
+    )
+    parser.add_argument("--beam", metavar="RUNNER", help="measure and write with Apache Beam, such as by FlinkRunner")
+    parser.add_argument(
+        "--beam-option", metavar="NAME=VALUE", action="append", default=[], help="of Beam's pipeline; may be repeated"
     )
     parser.set_defaults(act=_data_build, parser=parser)
 
@@ -489,6 +498,8 @@ def _data_build(options: argparse.Namespace) -> int:
         embed_media=options.embed_media,
         shards=options.shards,
         max_failed=options.max_failed,
+        beam=options.beam,
+        beam_options=options.beam_option,
     )
     return 0
 

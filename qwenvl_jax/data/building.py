@@ -233,6 +233,7 @@ class Building:
 
     def _write_shard(self, name: str, made_of: list, items: Callable[[], Iterable[dict]], features: Any) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
+        from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
         digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
         target, note = self.folder / name, self.folder / f"{name}.json"
@@ -240,10 +241,13 @@ class Building:
             return
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as hidden:
             path = os.path.join(hidden, "shard")
-            # As tensorflow-datasets writes it: each record can be read without its neighbours.
+            # As tensorflow-datasets writes them, where each can be read without its neighbours; but with their fields in
+            # one order, so that the same data gives the same files.
             writer = ArrayRecordWriter(path, "group_size:1")
+            examples = ExampleSerializer(features.get_serialized_info())
             for item in items():
-                writer.write(features.serialize_example(item))
+                example = examples.get_tf_example(features.encode_example(item))
+                writer.write(example.SerializeToString(deterministic=True))
             writer.close()
             os.replace(path, target)
         _write(note, {"made_of": digest, "items": len(made_of)})
