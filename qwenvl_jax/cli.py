@@ -464,10 +464,9 @@ def _add_data_build(commands) -> None:
 From Python, also without TensorFlow: tfds.builder_from_directory("./clips").as_data_source("train").
 
 Records that cannot be used are left out and listed in DST/quarantine.jsonl; too many, and DST is not written. DST comes
-whole or not at all: until then, what is done lies beside it in .DST.building, from which a build that was killed goes on
-when it is started again. With --beam a cluster measures and writes, whose workers have this package and see SRC, media
-and DST under the same paths. Needed beside this package: pip install 'qwenvl_jax[tfds]', for --beam
-'qwenvl_jax[beam]'.""",
+whole or not at all: until then what is done lies beside it in .DST.building, and started again, a build that was killed
+or failed goes on from there. With --beam a cluster measures and writes; its workers have this package and see SRC, the
+media and DST under the same paths. Needed: pip install 'qwenvl_jax[tfds]', for --beam 'qwenvl_jax[beam]'.""",
     )
     parser.add_argument("sources", metavar="SRC", nargs="+", help="JSONL files, in the order of their records")
     parser.add_argument("destination", metavar="DST", help="a new or empty folder")
