@@ -81,7 +81,7 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments[0].startswith("-") and arguments[0] not in commands:
         raise _UsageError(_unknown("command", arguments[0], commands) + f"; see `{PROG} --help`.")
     options, rest = parser.parse_known_args(arguments)
-    if options.command == "train":
+    if hasattr(options, "overrides"):
         options.overrides = rest
     elif rest:
         used = getattr(options, "parser", commands[options.command])  # a command's own command names itself
@@ -211,7 +211,7 @@ changed in every stage.""",
     parser.add_argument("config", metavar="CONFIG", help="a Python file with get_config(), such as those in configs/")
     parser.add_argument("--model", metavar="NAME", help="in place of the config's: a preset, a folder or a hub id")
     parser.add_argument("--out", metavar="DIR", help="the run's folder; default: runs/, by the config's name")
-    parser.set_defaults(work=_train)
+    parser.set_defaults(work=_train, overrides=[])
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -364,6 +364,7 @@ def _add_data(commands) -> None:
   {PROG} data inspect clips.jsonl --index 3
   {PROG} data stats clips.jsonl --out stats.png
   {PROG} data build clips.jsonl ./clips --embed-media
+  {PROG} data steps config.py --steps 1000
 
 `{PROG} data COMMAND --help` tells more about each.""",
     )
@@ -372,6 +373,7 @@ def _add_data(commands) -> None:
     _add_data_build(inner)
     _add_data_inspect(inner)
     _add_data_stats(inner)
+    _add_data_steps(inner)
     parser.set_defaults(work=_data)
 
 
@@ -556,4 +558,35 @@ def _data_stats(options: argparse.Namespace) -> int:
     from qwenvl_jax.data.stats import show
 
     show(options.source, model=options.model, as_json=options.json, out=options.out)
+    return 0
+
+
+def _add_data_steps(commands) -> None:
+    parser = commands.add_parser(
+        "steps",
+        help="what the steps of a training config will hold: slots filled, shares of a mixture",
+        description="Plans the steps of a training config without taking one, and tells how much of their token and\n"
+        "patch slots they fill, how even the vision groups are, and which part of a mixture their samples are of.",
+        epilog=f"""examples:
+  {PROG} data steps clips.py --steps 1000
+  {PROG} data steps clips.py --steps 200 --out steps.png --data.window 64 --batch.vision auto
+
+Further --name value arguments change settings of the config, as with `{PROG} train`.
+
+--json prints one object, {{"stages": [...]}}; of each stage: name, steps, rows, length, groups, vision (pairs of rows
+and patches); tokens and patches, the shares of the slots that are filled; balance, of the mean vision group to the
+fullest; text_only_steps, which patches and balance leave out; samples; parts, each with name, samples, epochs,
+share_of_samples and share_of_tokens.""",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a Python file with a get_config()")
+    parser.add_argument("--steps", metavar="N", type=int, help="of each stage, from its first; default: all")
+    parser.add_argument("--json", action="store_true", help="as JSON, see below")
+    parser.add_argument("--out", metavar="FILE", help="draw the steps into this file, such as steps.png")
+    parser.set_defaults(act=_data_steps, parser=parser, overrides=[])
+
+
+def _data_steps(options: argparse.Namespace) -> int:
+    from qwenvl_jax.train.outlook import show
+
+    show(options.config, options.overrides, steps=options.steps, as_json=options.json, out=options.out)
     return 0

@@ -11,7 +11,8 @@ import pytest
 from qwenvl_jax import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = {page.name: page.read_text() for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/guide.md")}
+NAMES = ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/own-data.md")
+PAGES = {Path(name).name: (ROOT / name).read_text() for name in NAMES}
 README = PAGES["README.md"]
 
 
@@ -64,7 +65,7 @@ def test_file_tree():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_make_targets(page):
-    folder = ROOT / "docs" if page == "guide.md" else ROOT
+    folder = ROOT / "docs" if page in ("guide.md", "own-data.md") else ROOT
     for target in re.findall(r"\]\(([^)#:]+)\)", PAGES[page]):
         assert (folder / target).exists(), target
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -22,7 +22,7 @@ from qwenvl_jax import __version__
 from qwenvl_jax.data.bar import Bar
 from qwenvl_jax.data.building import Building, Shards, begin, media_features, record_features
 from qwenvl_jax.data.built import MEDIA, OURS, PROCESSOR, QUARANTINE, SPLIT, VERSION, import_tfds
-from qwenvl_jax.data.facts import MEASURE_AT_MOST, Measured, facts_path, processor_key, read_facts, write_facts
+from qwenvl_jax.data.facts import MEASURE_AT_MOST, Measured, add_facts, facts_path, processor_key, read_facts
 from qwenvl_jax.data.failure import Failure, check_share
 from qwenvl_jax.data.named import named_processor
 from qwenvl_jax.data.on_beam import OnBeam
@@ -237,8 +237,7 @@ def _keep_facts(building: Building, path: Path) -> None:
         return
     found = (one for number in range(building.parts) for _, one in building.measured(number))
     kept = {one.key: one.entry for one in found if isinstance(one, Measured) and one.key}
-    if kept != read_facts(path):
-        write_facts(path, kept)
+    add_facts(path, read_facts(path), kept)
 
 
 def _list(failures: Sequence[Failure], path: Path) -> None:

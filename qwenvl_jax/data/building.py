@@ -241,8 +241,8 @@ class Building:
             return
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as hidden:
             path = os.path.join(hidden, "shard")
-            # As tensorflow-datasets writes them, each to be read without its neighbours; but with fields in one order, so
-            # that the same data gives the same files.
+            # As tensorflow-datasets writes them, each to be read without its neighbours; but with fields in one order, so that
+            # the same data gives the same files.
             writer = ArrayRecordWriter(path, "group_size:1")
             examples = ExampleSerializer(features.get_serialized_info())
             for item in items():

@@ -40,6 +40,7 @@ PART_KEYS = {
         "max_pixels",
         "max_frame_tokens",
         "max_video_tokens",
+        "min_frame_tokens",
         "min_fps",
         "max_fps",
         "sampler",
@@ -168,6 +169,23 @@ def _check_part(part: Any, role: str, where: str):
         _check_sampling(part, where)
 
 
+def _check_min_frame_tokens(part: dict, where: str):
+    """The size of frames below which there are to be fewer."""
+    least = part["min_frame_tokens"]
+    if part.get("max_video_tokens") is None:
+        raise ConversationError(
+            f"{where} gives min_frame_tokens, below which fewer frames are taken to hold max_video_tokens; give that "
+            "too."
+        )
+    for key in ("max_video_tokens", "max_frame_tokens"):
+        if part.get(key) is not None and part[key] < least:
+            raise ConversationError(f"{where} has min_frame_tokens={least} above {key}={part[key]}; lower it.")
+    if part.get("num_frames") is not None or part.get("sampler") in ("count", "timestamps"):
+        raise ConversationError(
+            f"{where} gives min_frame_tokens, which takes fewer frames, and asks for certain frames; drop one."
+        )
+
+
 def _check_sampling(part: dict, where: str):
     """The options of a video part that say which frames are chosen, and those that exclude each other."""
     given = [key for key in PART_KEYS["video"] if part.get(key) is not None]
@@ -179,6 +197,8 @@ def _check_sampling(part: dict, where: str):
         raise ConversationError(
             f"{where} gives both {pixels[0]} and {tokens[0]}, which bound the same in pixels and in tokens; drop one."
         )
+    if "min_frame_tokens" in given:
+        _check_min_frame_tokens(part, where)
     name = part.get("sampler")
     if name is None:
         name = "uniform"

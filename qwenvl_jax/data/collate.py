@@ -40,7 +40,7 @@ def place_frames(lengths: Sequence[int], shape: Sequence[tuple[int, int]]) -> li
 
     Longest first, each into the fullest row that still holds it, of the shortest rows that can; so whether they fit
     depends on how many frames of each length there are, not on their order. The planner counts by the same rule
-    (`packing.frames_fit`).
+    (`laying.frames_fit`).
 
     Args:
       lengths: patches of each frame, in reading order.

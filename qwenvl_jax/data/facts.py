@@ -23,6 +23,8 @@ from qwenvl_jax.errors import DataError, QwenVLError
 MEASURE_AT_MOST = 100_000
 # Probing a file waits for another process, so a few at a time even on few cores.
 _PROBES = 4
+# Entries of a file of facts that are kept beside those in use, for each of them.
+_OTHERS = 7
 
 
 def processor_key(processor) -> str:
@@ -86,8 +88,8 @@ def measure_each(
     known = read_facts(path) if path else {}
     found = measure_numbers(source, range(len(source)), processor, processor_key, known)
     kept = {one.key: one.entry for one in found if isinstance(one, Measured) and one.key and not one.brought}
-    if path and kept != known:
-        write_facts(path, kept)
+    if path:
+        add_facts(path, known, kept)
     return tuple(one.facts() if isinstance(one, Measured) else one for one in found)
 
 
@@ -171,7 +173,14 @@ def read_facts(path: Path) -> dict[str, list]:
         return {}
 
 
-def write_facts(path: Path, entries: dict[str, list]) -> None:
+def add_facts(path: Path, known: dict[str, list], found: dict[str, list]) -> None:
+    """Adds entries to those that a file of facts has."""
+    if not found.items() <= known.items():
+        # What other settings found out (frame rates, say) stays, as long as it is not much more than this.
+        _write_facts(path, dict(list(known.items())[-_OTHERS * len(found) :]) | found)
+
+
+def _write_facts(path: Path, entries: dict[str, list]) -> None:
     """Writes a file of facts whole or not at all. Data on a read-only disk is measured again each time."""
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:

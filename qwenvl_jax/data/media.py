@@ -146,7 +146,9 @@ class MediaOpener:
         """The frames of a video that are looked at: chosen by a sampler, or by the caller."""
         source = part["video"]
         if isinstance(source, video.VideoFrames):
-            _refuse_options(part, (*OPTIONS, "sampler", "start", "end"), "the frames of qv.VideoFrames")
+            _refuse_options(
+                part, (*OPTIONS, "sampler", "start", "end", "min_frame_tokens"), "the frames of qv.VideoFrames"
+            )
             times = source.timestamps
             return _Frames(
                 times=times,
@@ -186,6 +188,11 @@ class MediaOpener:
         low, high = given.get("min_frames"), given.get("max_frames")
         given["min_frames"] = low or min(config.min_frames, high or config.min_frames)
         given["max_frames"] = high or max(config.max_frames, low or config.max_frames)
+        if part.get("min_frame_tokens") is not None:
+            # Rather fewer frames than smaller ones.
+            most = config.temporal_patch_size * (part["max_video_tokens"] // part["min_frame_tokens"])
+            given["max_frames"] = min(given["max_frames"], most)
+            given["min_frames"] = min(given["min_frames"], most)
         slow, fast = given.get("min_fps"), given.get("max_fps")
         given["min_fps"] = slow or min(Wish.min_fps, fast or Wish.min_fps)
         given["max_fps"] = fast or max(Wish.max_fps, slow or Wish.max_fps)
@@ -232,7 +239,11 @@ def _refuse_options(part: dict, keys: Sequence[str], what: str):
 
 def _images(part: dict, sources: Sequence[Any]) -> _Frames:
     """The frames of a video given as images; only one is held at a time."""
-    _refuse_options(part, [key for key in (*OPTIONS, "sampler", "start", "end") if key != "timestamps"], "images")
+    _refuse_options(
+        part,
+        [key for key in (*OPTIONS, "sampler", "start", "end", "min_frame_tokens") if key != "timestamps"],
+        "images",
+    )
     if not len(sources):
         raise MediaError("a video given as images must have at least one.")
     times = video.known_times(part.get("timestamps"), len(sources), part.get("duration"))

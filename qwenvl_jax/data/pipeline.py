@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import grain
@@ -47,22 +47,36 @@ class Loaded:
     digest: bytes
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["batch"], meta_fields=["tokens", "hash", "failed"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["batch"], meta_fields=["tokens", "row_hashes", "failed", "state"]
+)
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-    """A batch of the plan.
+    """A batch of the plan, or the part of one that a host makes.
 
     Attributes:
-      batch: NumPy arrays of the plan's shape.
+      batch: NumPy arrays of the plan's shape, or of the host's rows and groups.
       tokens: slots that hold a token, padding left out.
-      hash: sha256, in hex, over row, span, name, tokens and pixels of each sample in order.
+      row_hashes: sha256, in hex, for each row over span, name, tokens and pixels of its samples in order.
       failed: planned samples that are not in it, since they could not be made.
+      state: what the plan goes on from after it, as JSON; see `qwenvl_jax.data.packing.Plan.state`.
     """
 
     batch: Batch
     tokens: int
-    hash: str
+    row_hashes: tuple[str, ...]
     failed: tuple[Failure, ...] = ()
+    state: str = ""
+
+    @property
+    def hash(self) -> str:
+        """sha256, in hex, over all that is in the batch; see `batch_hash`."""
+        return batch_hash(self.row_hashes)
+
+
+def batch_hash(row_hashes: Iterable[str]) -> str:
+    """The hash of a batch out of those of its rows; of several hosts, those of one after those of the other."""
+    return hashlib.sha256("".join(row_hashes).encode()).hexdigest()
 
 
 class SampleCache:
@@ -152,50 +166,72 @@ def _on_disk(path: Path, decode: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 class BatchLoader:
-    """Makes the batch of a step: `loader(n) -> PlannedBatch`.
+    """Makes the batch of a step, or a host's part of it: `loader(n) -> PlannedBatch`.
+
+    Each host makes the rows, and the vision groups, that follow those of the host before, as arrays sharded over hosts
+    are laid out; together they are the batch that one host alone would make.
 
     A sample that cannot be made, or that is not what was measured, is told in `failed`. Its tokens are missing from the
     row, and its frames are black: so the others lie where the plan knows that they fit.
 
+    Args:
+      plan: of the whole batches.
+      samples: the data.
+      processor: that makes the samples.
+      host, hosts: number of this host, from 0, and how many there are.
+
     Raises:
-      ConfigError: vision rows that do not hold whole merged tokens.
+      ConfigError: vision rows that do not hold whole merged tokens; rows or groups that do not divide among the hosts.
     """
 
-    def __init__(self, plan: Plan, samples: SampleCache, processor):
+    def __init__(self, plan: Plan, samples: SampleCache, processor, *, host: int = 0, hosts: int = 1):
+        if not 0 <= host < hosts:
+            raise ConfigError(f"host={host} must be from 0 to {hosts - 1}, since there are hosts={hosts}.")
+        for name in ("rows", "groups"):
+            if getattr(plan.shape, name) % hosts:
+                raise ConfigError(
+                    f"batch.{name}={getattr(plan.shape, name)} must be a multiple of the {hosts} hosts that read data."
+                )
+        per_host = plan.shape.rows // hosts
+        self._rows = range(host * per_host, (host + 1) * per_host)
+        self._groups = plan.shape.groups // hosts
         self.plan, self.samples = plan, samples
         names = ("pixel_table", "merge_size", "pad_token_id", "patch_dim", "window")
         self._fixed = {name: getattr(processor, name) for name in names}
         block = processor.merge_size**2
-        if any(length % block for _, length in plan.shape.vision):
+        if any(length % block for _, length in plan.shape.buckets):
             raise ConfigError(f"batch.vision={plan.shape.vision}: patches in a row must be a multiple of {block}.")
 
     def __call__(self, step: int) -> PlannedBatch:
-        rows, digest, tokens, failed = [], hashlib.sha256(), 0, []
-        for row, indices in enumerate(self.plan[step]):
-            start, samples = 0, []
-            for index in indices:
+        rows, hashes, tokens, failed = [], [], 0, []
+        planned = self.plan[step]
+        for row in self._rows:
+            start, samples, digest = 0, [], hashlib.sha256()
+            for index in planned[row]:
                 try:
                     loaded = self._checked(index)
                 except QwenVLError as error:
                     failed.append(Failure(self.plan.facts[index].name, str(error)))
-                    digest.update(f"{row} {start} failed {self.plan.facts[index].name}\n".encode())
+                    digest.update(f"{start} failed {self.plan.facts[index].name}\n".encode())
                     samples.append(self._black(index))
                     continue
                 end = start + len(loaded.sample.tokens)
-                digest.update(f"{row} {start} {end} {loaded.id}\n".encode() + loaded.digest)
+                digest.update(f"{start} {end} {loaded.id}\n".encode() + loaded.digest)
                 samples.append(loaded.sample)
                 start = end
             tokens += start
             rows.append(samples)
+            hashes.append(digest.hexdigest())
         shape = self.plan.shape
         batch = collate(
             rows,
             length=shape.length,
-            groups=shape.groups,
-            vision_shape=shape.vision,
+            groups=self._groups,
+            vision_shape=shape.buckets,
             **self._fixed,
         )
-        return PlannedBatch(batch, tokens, digest.hexdigest(), tuple(failed))
+        state = json.dumps(self.plan.state(step + 1))
+        return PlannedBatch(batch, tokens, tuple(hashes), tuple(failed), state)
 
     def _black(self, index: int) -> Sample:
         """A sample of no token with black frames of the sizes that were measured."""

@@ -4,6 +4,7 @@ A weight names its axes once, where it is declared ("embed", "heads", ...). The 
 is split over. What does not fit raises, naming the weight: nothing is replicated in silence.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -88,14 +89,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shard_batch(batch, mesh: Mesh):
     """Puts a `Batch` on `mesh`, split along its leading axes.
 
+    Args:
+      batch: the whole, or where the mesh spans several processes, each one's part: the rows and groups that follow
+        those of the process before.
+
     Raises:
       ConfigError: rows or groups that the mesh's data axes do not divide.
     """
+    processes = len({device.process_index for device in mesh.devices.flat})
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if leaf.shape[0] % parts:
+        if leaf.shape[0] * processes % parts:
             raise ConfigError(
-                f"batch{jax.tree_util.keystr(path)} has {leaf.shape[0]} rows or groups, which data * fsdp = {parts} "
-                "devices do not divide; use a multiple."
+                f"batch{jax.tree_util.keystr(path)} has {leaf.shape[0] * processes} rows or groups, which data * fsdp "
+                f"= {parts} devices do not divide; use a multiple."
             )
-    return jax.device_put(batch, batch_sharding(mesh))
+    if processes == 1:
+        return jax.device_put(batch, batch_sharding(mesh))
+    put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return jax.tree.map(put, batch)

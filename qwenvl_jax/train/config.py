@@ -6,10 +6,12 @@ are the others.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from qwenvl_jax.config import QwenVLConfig
+from qwenvl_jax.data.mixture import MixturePart, VideoBudget
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.errors import ConfigError
 
@@ -27,9 +29,17 @@ class DataConfig:
       source: path of a JSONL file of records or of a folder that `qwenvl-jax data build` made, several paths, or an
         object with `__len__` and `__getitem__`.
       format: of the records, one of those in docs/formats.md; "auto" tells them apart by their keys.
+      mixture: several data sets in place of `source`, each with a weight; see `qwenvl_jax.data.mixture.MixturePart`.
+      weigh_by: whether weights are shares of the samples or of the tokens.
+      modality_weights: pairs (modality, share), divided among the parts of each modality by their weights; empty leaves
+        the weights as they are.
+      frame_rates: pairs (frames per second, weight), drawn anew for each sample in each epoch, for videos whose record
+        gives neither `fps` nor `num_frames`; empty leaves them at the model's rate.
+      video_budget: of videos whose record gives none; see `qwenvl_jax.data.mixture.VideoBudget`.
       hms_share: from 0 to 1, the share of records that tell times as H:M:S; the others tell seconds.
       shuffle: whether each epoch has an order of its own, drawn from the run's seed.
-      window: samples of the stream that a step chooses from when it is packed; 0 is four for each row.
+      window: samples of the stream that a step chooses from when it is packed; 0 takes as many as would fill four
+        steps, and at least four for each row.
       cache_bytes: how much memory decoded media may keep; stages with the same figure share it.
       cache_dir: folder where decoded media are kept across runs; None keeps none.
       threads: that make batches; 0 makes them between the steps.
@@ -41,6 +51,11 @@ class DataConfig:
 
     source: Any = ""
     format: str = "auto"
+    mixture: tuple[MixturePart, ...] = ()
+    weigh_by: Literal["samples", "tokens"] = "samples"
+    modality_weights: tuple[tuple[str, float], ...] = ()
+    frame_rates: tuple[tuple[float, float], ...] = ()
+    video_budget: VideoBudget = dataclasses.field(default_factory=VideoBudget)
     hms_share: float = 0.0
     shuffle: bool = True
     window: int = 0
@@ -54,6 +69,19 @@ class DataConfig:
     def __post_init__(self):
         if not 0 <= self.max_failed <= 1:
             raise ConfigError(f"data.max_failed={self.max_failed} must be a share, from 0 to 1.")
+        if self.mixture and (self.source != "" or self.format != "auto"):
+            raise ConfigError("data.source and data.format belong to one data set; in a mixture each part has its own.")
+        for name in ("modality_weights", "frame_rates"):
+            pairs = getattr(self, name)
+            if any(len(pair) != 2 or not (math.isfinite(pair[1]) and pair[1] >= 0) for pair in pairs):
+                raise ConfigError(f"data.{name}={pairs} must be pairs whose second is a weight, 0 or more.")
+            if pairs and not sum(pair[1] for pair in pairs):
+                raise ConfigError(f"data.{name}={pairs} must have a weight above 0.")
+
+    @property
+    def parts(self) -> tuple[MixturePart, ...]:
+        """The mixture; that of a single data set is the one part."""
+        return self.mixture or (MixturePart("", self.source, format=self.format),)
 
 
 @dataclasses.dataclass(frozen=True)

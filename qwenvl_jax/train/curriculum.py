@@ -6,22 +6,25 @@ Steps count through the whole run; a stage covers those after its `begin` up to 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+import functools
+import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from qwenvl_jax.data.built import with_other_facts
-from qwenvl_jax.data.facts import facts_digest, measure_each, processor_key
-from qwenvl_jax.data.failure import Failure, check_share
+from qwenvl_jax.data.buckets import with_buckets
+from qwenvl_jax.data.facts import processor_key
+from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.kept import Kept
-from qwenvl_jax.data.packing import Plan, SampleFacts, misfit
+from qwenvl_jax.data.mixture import Mixture, MixtureReader
+from qwenvl_jax.data.packing import AUTO, Plan, fill, misfit
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
-from qwenvl_jax.data.sources import Reading, Subset, open_source
 from qwenvl_jax.errors import ConfigError, DataError
-from qwenvl_jax.train.config import DataConfig, StageConfig, TrainConfig
+from qwenvl_jax.train.config import StageConfig, TrainConfig
 from qwenvl_jax.train.quarantine import FILE
+
+_LOOKED_AT = 20  # steps whose fill is told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +50,15 @@ class Stage:
     samples: int
     failures: tuple[Failure, ...]
 
-    def batches(self, done: int):
-        """A new Grain iterator over the batches of the stage that follow step `done` of the run."""
+    def batches(self, done: int, plan: str = ""):
+        """A new Grain iterator over the batches of the stage that follow step `done` of the run.
+
+        Args:
+          plan: state of the plan after that step, if known (`PlannedBatch.state`), so that no step is planned again.
+        """
         data = self.config.data
+        if plan and (state := json.loads(plan))["step"] == done - self.begin:
+            self.loader.plan.resume(state)
         return batches(
             self.loader,
             self.config.steps,
@@ -73,69 +82,82 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
     """
     stages: list[Stage] = []
     begin, key = 0, processor_key(processor)
-    seen: dict[Any, tuple] = {}
+    reader = MixtureReader(processor, key, config.seed)
     kept: dict[int, Kept] = {}
     for index, stage in enumerate(config.stages):
         _check_carry(config, index)
         data = stage.data
-        name = (data.source if isinstance(data.source, str | tuple) else id(data.source), data.format, data.hms_share)
         try:
-            if name not in seen:
-                say(f"{stage.name}: measuring the data")
-                source = open_source(data.source, _reading(data, config.seed, processor))
-                for folder in with_other_facts(source, key):
-                    say(f"{stage.name}: {folder} was built for another processor, so its samples are measured again")
-                entries = measure_each(source, processor, processor_key=key, cache=_beside(data.source))
-                seen[name] = source, entries, {}
-            source, entries, digests = seen[name]
-            failures = tuple(_failures(entries, stage))
-            check_share(failures, len(entries), data.max_failed)
-            used = [i for i, one in enumerate(entries) if not isinstance(one, Failure) and not misfit(one, stage.batch)]
-            facts = tuple(entries[i] for i in used)
-            if len(facts) < len(entries):
-                source = Subset(source, used)
-            if failures not in digests:
-                digests[failures] = facts_digest(facts, source)
+            mixture = reader.read(
+                data.parts,
+                misfit=functools.partial(misfit, shape=stage.batch),
+                max_failed=data.max_failed,
+                hms_share=data.hms_share,
+                frame_rates=[rate for rate, _ in data.frame_rates],
+                budget=data.video_budget,
+                modality_weights=data.modality_weights,
+                say=functools.partial(_say_of, stage, say),
+            )
             # Two streams of the same data in one run are shuffled apart.
             seed = int(np.random.SeedSequence([config.seed, index]).generate_state(1, np.uint64)[0])
-            plan = Plan(facts, stage.batch, seed=seed, window=data.window, shuffle=data.shuffle)
+            drawing: dict[str, Any] = {
+                "seed": seed,
+                "parts": mixture.parts,
+                "rate_weights": [weight for _, weight in data.frame_rates] or [1.0],
+                "weigh_by": data.weigh_by,
+            }
+            merge = processor.merge_size**2
+            shape = with_buckets(stage.batch, mixture.facts, merge=merge, **drawing)
+            plan = Plan(mixture.facts, shape, window=data.window, shuffle=data.shuffle, steps=stage.steps, **drawing)
             room = kept.setdefault(data.cache_bytes, Kept(data.cache_bytes))
-            samples = SampleCache(source, processor, kept=room, folder=data.cache_dir, processor_key=key)
+            samples = SampleCache(mixture.source, processor, kept=room, folder=data.cache_dir, processor_key=key)
             loader = BatchLoader(plan, samples, processor)
+            told = list(_described(stage, mixture, plan))
         except DataError as error:
             raise DataError(f"stage {stage.name}: {error}") from error
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error}") from error
         end = begin + stage.steps
-        stages.append(Stage(stage, index, begin, end, loader, digests[failures], len(entries), failures))
-        tokens = sum(sample.tokens for sample in facts)
-        say(f"{stage.name}: {len(facts)} samples of {tokens / len(facts):.0f} tokens on average, {stage.steps} steps")
-        if failures:
-            count = f"{len(failures)} of {len(entries)} samples are left out"
-            say(f"{stage.name}: {count}, see {FILE}; the first: {failures[0].reason}")
+        stages.append(Stage(stage, index, begin, end, loader, mixture.digest, mixture.samples, mixture.failures))
+        for line in told:
+            say(f"{stage.name}: {line}")
         begin = end
     return tuple(stages)
 
 
-def _failures(entries: Iterable[SampleFacts | Failure], stage: StageConfig) -> Iterator[Failure]:
-    """The samples that cannot be used in a stage."""
-    for one in entries:
-        if isinstance(one, Failure):
-            yield one
-        elif problem := misfit(one, stage.batch):
-            yield Failure(one.name, f"{one.name} {problem}".rstrip("."))
+def _say_of(stage: StageConfig, say: Callable[[str], None], line: str) -> None:
+    say(f"{stage.name}: {line}")
 
 
-def _reading(data: DataConfig, seed: int, processor) -> Reading:
-    """How the records of a stage are read: for this model, and alike in every stage of the run."""
-    return Reading.of(processor, format=data.format, hms_share=data.hms_share, seed=seed)
+def _described(stage: StageConfig, mixture: Mixture, plan: Plan) -> Iterator[str]:
+    """What a user should know of the data of a stage, line by line.
 
-
-def _beside(source) -> Path | None:
-    """Where the facts of a data file are kept: beside it; those of several files beside the first."""
-    if isinstance(source, tuple | list) and source:
-        source = source[0]
-    return Path(source) if isinstance(source, str | Path) else None
+    Raises:
+      DataError: a mixture that will come to its end before the stage does.
+    """
+    facts, count = mixture.facts, sum(len(part.entries) for part in mixture.parts)
+    tokens = sum(sample.tokens for sample in facts)
+    yield f"{count} samples of {tokens / len(facts):.0f} tokens on average, {stage.steps} steps"
+    if mixture.lowered:
+        yield f"{mixture.lowered} times a sample fits no batch at a frame rate, and has the next lower one in its place"
+    if mixture.failures:
+        left_out = f"{len(mixture.failures)} of {mixture.samples} samples are left out"
+        yield f"{left_out}, see {FILE}; the first: {mixture.failures[0].reason}"
+    if stage.batch.vision == AUTO:
+        yield f"vision rows chosen for the data: batch.vision={plan.shape.vision}"
+    of_tokens, of_patches = fill(plan, range(min(stage.steps, _LOOKED_AT)))
+    slots = plan.shape.rows * plan.shape.length
+    means = [np.mean([facts[entry].tokens for entry in part.entries.flat]) for part in mixture.parts]
+    enough = sum(part.most * mean for part, mean in zip(mixture.parts, means, strict=True)) / (slots * of_tokens)
+    if enough < stage.steps:
+        raise DataError(
+            f"the mixture has samples for about {enough:.0f} of {stage.steps} steps, since every part has max_epochs; "
+            "take fewer steps, or raise it."
+        )
+    filled = f"{of_tokens:.0%} of the token slots"
+    if plan.shape.vision:
+        filled += f" and {of_patches:.0%} of the patch slots"
+    yield f"the first {min(stage.steps, _LOOKED_AT)} steps fill {filled}"
 
 
 def _check_carry(config: TrainConfig, index: int) -> None:

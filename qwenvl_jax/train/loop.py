@@ -159,7 +159,8 @@ class _Run:
                 frozen = {name: value for name, value in params.items() if name not in state.params}
                 # The step takes the arrays that learn: nothing else may hold them.
                 del params
-                state, done = self._run_stage(stage, state, frozen, done, store, metrics, stop)
+                plan = place.get("plan", "") if place and place["stage"] == stage.index else ""
+                state, done = self._run_stage(stage, state, frozen, done, plan, store, metrics, stop)
                 params = frozen | state.params
         store.wait()
         if done < self.config.steps:
@@ -167,16 +168,16 @@ class _Run:
             return RunResult(self.out, done, self.config.steps, None)
         return RunResult(self.out, done, self.config.steps, self._export(params))
 
-    def _run_stage(self, stage: Stage, state, frozen, done: int, store, metrics, stop):
+    def _run_stage(self, stage: Stage, state, frozen, done: int, plan: str, store, metrics, stop):
         """Takes the steps of a stage that are left, until its end or a stop; returns (state, steps done)."""
-        iterator = stage.batches(done)
+        iterator = stage.batches(done, plan)
 
         def save():
             # The lines of the steps that the checkpoint holds are on disk before it is.
             self._written(metrics.flush())
             metrics.sync()
-            # The place in the data: how many batches of which stage were taken.
-            place = {"stage": stage.index, "batches": done - stage.begin}
+            # The place in the data: how many batches of which stage were taken, and how the plan goes on.
+            place = {"stage": stage.index, "batches": done - stage.begin, "plan": plan}
             store.save(done, {"state": state, "frozen": frozen}, place)
 
         compiled = None
@@ -187,7 +188,7 @@ class _Run:
             if compiled is None:
                 compiled = self._compile(stage, state, frozen, batch)
             state, loss = compiled(state, frozen, batch)
-            done += 1
+            done, plan = done + 1, planned.state
             line = {"step": done, "tokens": planned.tokens, "batch": planned.hash, "stage": stage.config.name}
             self._written(metrics.push(line, loss))
             if done == stage.end or done % self.config.checkpoint_every == 0:

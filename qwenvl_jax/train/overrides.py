@@ -12,7 +12,7 @@ import typing
 from collections.abc import Sequence
 
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.train.config import StageConfig, TrainConfig
+from qwenvl_jax.train.config import TrainConfig
 
 
 def apply_overrides(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
@@ -62,7 +62,7 @@ def _paths(node, prefix: tuple[str, ...] = ()):
     if dataclasses.is_dataclass(node):
         for field in dataclasses.fields(node):
             yield from _paths(getattr(node, field.name), (*prefix, field.name))
-    elif isinstance(node, tuple) and node and all(isinstance(item, StageConfig) for item in node):
+    elif isinstance(node, tuple) and node and all(dataclasses.is_dataclass(item) for item in node):
         for number, item in enumerate(node):
             yield from _paths(item, (*prefix, str(number)))
     else:
@@ -70,10 +70,16 @@ def _paths(node, prefix: tuple[str, ...] = ()):
 
 
 def _spellings(config: TrainConfig, path: tuple[str, ...]) -> list[str]:
-    if path[0] != "stages":
-        return [".".join(path)]
-    stage = config.stages[int(path[1])].name
-    return [".".join(path), ".".join(("stages", stage, *path[2:]))]
+    named, node = [], config
+    for step in path:
+        if isinstance(node, tuple):
+            node = node[int(step)]
+            named.append(node.name)
+        else:
+            node = getattr(node, step)
+            named.append(step)
+    numbered = path[:2] + tuple(named[2:])
+    return list(dict.fromkeys(".".join(spelling) for spelling in (path, tuple(named), numbered)))
 
 
 def _replaced(node, path: tuple[str, ...], values: list[str], name: str):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qwenvl_jax.data.collate import choose_vision_shape, collate, place_frames, window_order
-from qwenvl_jax.data.packing import frames_fit
+from qwenvl_jax.data.laying import frames_fit
 from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.errors import DataError
 
