@@ -470,7 +470,7 @@ whole or not at all: until then what is done lies beside it in .DST.building, an
 or failed goes on from there. With --beam a cluster measures and writes; its workers have this package and see SRC, the
 media and DST under the same paths. Needed: pip install 'qwenvl_jax[tfds]', for --beam 'qwenvl_jax[beam]'.""",
     )
-    parser.add_argument("sources", metavar="SRC", nargs="+", help="JSONL files, in the order of their records")
+    parser.add_argument("sources", metavar="SRC", nargs="+", help="JSONL files, or folders of tensorflow-datasets")
     parser.add_argument("destination", metavar="DST", help="a new or empty folder")
     parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: qwen3_vl_4b")
     media = parser.add_mutually_exclusive_group()
@@ -519,7 +519,7 @@ def _add_data_inspect(commands) -> None:
 many; pieces, runs of tokens, each with first, tokens, kind (read, learnt or vision) and text; ids and taught (0 or 1)
 of every token; media, each with type, grid [t, h, w] in patches, and times in seconds.""",
     )
-    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder that `data build` made")
+    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder of `data build` or tfds")
     parser.add_argument("--index", metavar="N", type=int, default=0, help="of the record, from 0; default: %(default)s")
     parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: the folder's, else qwen3_vl_4b")
     parser.add_argument("--json", action="store_true", help="as JSON, see below")
@@ -547,7 +547,7 @@ def _add_data_stats(commands) -> None:
 source_fps, frames, video_patches, image_patches), each with count, sum, min, median, mean, p90 and max; failures, by
 reason.""",
     )
-    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder that `data build` made")
+    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder of `data build` or tfds")
     parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: the folder's, else qwen3_vl_4b")
     parser.add_argument("--json", action="store_true", help="as JSON, see below")
     parser.add_argument("--out", metavar="FILE", help="draw histograms into this file, such as stats.png")

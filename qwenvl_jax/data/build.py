@@ -20,13 +20,13 @@ from typing import Any
 
 from qwenvl_jax import __version__
 from qwenvl_jax.data.bar import Bar
-from qwenvl_jax.data.building import Building, Shards, begin, media_features, record_features
-from qwenvl_jax.data.built import MEDIA, OURS, PROCESSOR, QUARANTINE, SPLIT, VERSION, import_tfds
+from qwenvl_jax.data.building import Building, Shards, begin, media_features, open_plain, record_features
+from qwenvl_jax.data.built import MEDIA, OURS, PROCESSOR, QUARANTINE, SPLIT, TITLES, VERSION, import_tfds
 from qwenvl_jax.data.facts import MEASURE_AT_MOST, Measured, add_facts, facts_path, processor_key, read_facts
 from qwenvl_jax.data.failure import Failure, check_share
 from qwenvl_jax.data.named import named_processor
 from qwenvl_jax.data.on_beam import OnBeam
-from qwenvl_jax.data.sources import JsonlSource, Reading
+from qwenvl_jax.data.sources import Reading
 from qwenvl_jax.errors import ConfigError, DataError
 
 SHARD_BYTES = 256 << 20
@@ -68,10 +68,10 @@ def build(
     beam: str | None = None,
     beam_options: Sequence[str] = (),
 ) -> Built:
-    """Makes a data set of JSONL files.
+    """Makes a data set of JSONL files, or of data sets of tensorflow-datasets that bring no facts.
 
     Args:
-      sources: the files.
+      sources: the files, or folders.
       destination: a folder that is not there yet, or an empty one.
       model: whose processor the facts are measured with; see `named_processor`.
       embed_media: whether the bytes of images and videos go into the data set; else it refers to the files by their
@@ -94,7 +94,7 @@ def build(
         raise ConfigError("--beam-option is for --beam; name a runner, such as --beam DirectRunner.")
     make = _here if beam is None else OnBeam(beam, beam_options)
     processor = named_processor(model)
-    files = [JsonlSource(path, Reading.of(processor)) for path in sources]
+    files = [open_plain(path, Reading.of(processor)) for path in sources]
     count = sum(map(len, files))
     if shards is not None and shards > count:
         raise ConfigError(f"--shards {shards} is more than the {count} records; give at most as many.")
@@ -110,7 +110,7 @@ def build(
         check_share(failures, count, max_failed, "--max-failed ")
         if not usable:
             raise DataError(f"{failures[0].reason} (no record of {count} can be used; mend the data).")
-        text = sum(file.path.stat().st_size for file in files)
+        text = sum(map(_size, sources))
         records = Shards("records", min(usable, shards or math.ceil(text / SHARD_BYTES)))
         media, figures = building.number_media(SHARD_BYTES) if embed_media else (Shards("media", 0), (0, 0))
         make(building, "write_records", records.number, records.number)
@@ -140,6 +140,12 @@ def _check(destination: Path, shards: int | None, max_failed: float) -> None:
         raise ConfigError(f"--shards {shards} must be at least 1.")
     if not 0 <= max_failed <= 1:
         raise ConfigError(f"--max-failed {max_failed} must be a share, from 0 to 1.")
+
+
+def _size(source: str | Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    path = Path(source)
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
 
 
 @contextlib.contextmanager
@@ -179,7 +185,7 @@ def _assemble(
             """Looks for nothing in Google's bucket."""
 
     class Builder(builder, skip_registration=True):  # type: ignore[call-arg]
-        name = f"qwenvl_{shards.kind}"
+        name = TITLES[shards.kind]
         VERSION = tfds.core.Version("1.0.0")
         code_path = None  # where checksums of downloads would stand; looking for it needs a package more
 

@@ -29,11 +29,12 @@ from typing import Any
 
 import numpy as np
 
-from qwenvl_jax.data.built import Embedded, embedded_states, import_tfds
+from qwenvl_jax.data.built import Embedded, embedded_states, import_tfds, is_foreign
 from qwenvl_jax.data.facts import MEASURE_AT_MOST, Measured, file_state, measure_numbers, read_facts, sample_key
 from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.data.sources import JoinedSources, JsonlSource, Reading, Record, media_paths
+from qwenvl_jax.data.tfds_source import TfdsSource
 from qwenvl_jax.errors import DataError
 
 # Records that are measured at a time: seconds of work where each shows a video.
@@ -88,7 +89,7 @@ class Building:
         reading = Reading.of(self.processor)
         self.source = JoinedSources(
             [
-                JsonlSource(path, reading, np.load(folder / f"lines-{number}.npy", mmap_mode="r"))
+                open_plain(path, reading, lines if (lines := folder / f"lines-{number}.npy").exists() else None)
                 for number, (path, *_) in enumerate(plan["files"])
             ]
         )
@@ -216,7 +217,7 @@ class Building:
             "record": file.text(number),
             "where": record.where,
             # As it is, also where it is no text.
-            "folder": os.fsencode(file.path.parent.absolute()),
+            "folder": os.fsencode(file.base.absolute()),
             "number": number,
             "key": sample_key(record, self._key),
             "tokens": tokens,
@@ -241,8 +242,8 @@ class Building:
             return
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as hidden:
             path = os.path.join(hidden, "shard")
-            # As tensorflow-datasets writes them, each to be read without its neighbours; but with fields in one order, so that
-            # the same data gives the same files.
+            # As tensorflow-datasets writes them, each to be read without its neighbours; but with fields in one order,
+            # so that the same data gives the same files.
             writer = ArrayRecordWriter(path, "group_size:1")
             examples = ExampleSerializer(features.get_serialized_info())
             for item in items():
@@ -257,17 +258,39 @@ class Building:
         return [_read(self.folder / f"{shards.name(index)}.json")["items"] for index in range(shards.number)]
 
 
+def open_plain(path: str | Path, reading: Reading, lines: Path | None = None) -> JsonlSource | TfdsSource:
+    """A source that a data set is built of.
+
+    Args:
+      path: a JSONL file, or a folder of tensorflow-datasets.
+      lines: file with the places of the lines, if they were looked up before.
+
+    Raises:
+      DataError: see `JsonlSource` and `TfdsSource`; or the folder was built already.
+    """
+    if not os.path.isdir(path):
+        return JsonlSource(path, reading, None if lines is None else np.load(lines, mmap_mode="r"))
+    if not is_foreign(path):
+        raise DataError(
+            f"{path} is no data set of tensorflow-datasets, or was built already; give what it was built of."
+        )
+    return TfdsSource(Path(path), reading)
+
+
 _AGAIN = "start the same build again, which looks at it anew"
 
 
-def begin(folder: Path, files: Sequence[JsonlSource], processor: Processor, key: str, about: dict[str, Any]) -> None:
+def begin(
+    folder: Path, files: Sequence[JsonlSource | TfdsSource], processor: Processor, key: str, about: dict[str, Any]
+) -> None:
     """Makes the folder of a build, or keeps it if it has the same plan.
 
     Args:
       key: of the processor.
       about: what else decides what the pieces are.
     """
-    states = [[os.path.abspath(file.path), *file_state(file.path)] for file in files]
+    paths = [file.path if isinstance(file, JsonlSource) else file.folder for file in files]
+    states = [[os.path.abspath(path), *file_state(file.state_file)] for path, file in zip(paths, files, strict=True)]
     plan = {"files": states, "processor": key, **about}
     if _read(folder / _PLAN) == plan:
         return
@@ -279,7 +302,8 @@ def begin(folder: Path, files: Sequence[JsonlSource], processor: Processor, key:
     for kind in ("measured", "numbers", "records", "media"):
         (folder / kind).mkdir()
     for number, file in enumerate(files):
-        np.save(folder / f"lines-{number}.npy", file.places)
+        if isinstance(file, JsonlSource):
+            np.save(folder / f"lines-{number}.npy", file.places)
     processor.save_pretrained(folder / "processor")
     _write(folder / _PLAN, plan)
 

@@ -74,7 +74,7 @@ def measure_source(
 
 
 def measure_each(
-    source: Source, processor, *, processor_key: str = "", cache: Path | None = None
+    source: Source, processor, *, processor_key: str = "", cache: Path | None = None, at_most: int | None = None
 ) -> tuple[SampleFacts | Failure, ...]:
     """The facts of every sample of `source`, in order; of one that cannot be read, or that the processor refuses, why.
 
@@ -83,14 +83,39 @@ def measure_each(
       processor_key: a hash of the processor's settings; "" measures everything again.
       cache: the path that the file of facts begins with; None keeps none. Facts that came with a record are used where
         they hold, and not kept there.
+      at_most: records that may be measured, since neither they nor the file of facts bring facts that hold; None has no
+        bound.
+
+    Raises:
+      DataError: there are more to measure.
     """
     path = facts_path(cache, processor_key) if cache and processor_key else None
     known = read_facts(path) if path else {}
+    if at_most is not None and len(source) > at_most:
+        _check_known(source, processor_key, known, at_most)
     found = measure_numbers(source, range(len(source)), processor, processor_key, known)
     kept = {one.key: one.entry for one in found if isinstance(one, Measured) and one.key and not one.brought}
     if path:
         add_facts(path, known, kept)
     return tuple(one.facts() if isinstance(one, Measured) else one for one in found)
+
+
+def _check_known(source: Source, processor_key: str, known: Mapping[str, list], at_most: int) -> None:
+    missing = 0
+    for index in range(len(source)):
+        try:
+            record = source[index]
+        except QwenVLError:
+            continue  # it is told with the others that cannot be read
+        key = sample_key(record, processor_key)
+        if not key or (key not in known and (record.known is None or record.known[0] != key)):
+            missing += 1
+        if missing > at_most:
+            raise DataError(
+                f"of {len(source):,} samples more than data.measure_at_most={at_most} have no facts by which steps are "
+                "planned, or none that hold for this processor and these settings; let `qwenvl-jax data build` measure "
+                "them once (on a cluster with --beam) and train on the folder that it makes, or raise it."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,7 @@ class JsonlSource:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Record:
-        place = functools.partial(join, self.path.parent)
+        place = functools.partial(join, self.base)
         return read_record(self.text(index), self.where(index), index, place, self._reading)
 
     def text(self, index: int) -> bytes:
@@ -127,6 +127,16 @@ class JsonlSource:
     def where(self, index: int) -> str:
         """File and line of a record."""
         return f"{self.path}:{self.places[index, 1]}"
+
+    @property
+    def base(self) -> Path:
+        """What media paths in records are relative to."""
+        return self.path.parent
+
+    @property
+    def state_file(self) -> Path:
+        """What is written anew when the records are."""
+        return self.path
 
 
 def _places(path: Path) -> np.ndarray:
@@ -149,7 +159,9 @@ def _places(path: Path) -> np.ndarray:
 
 
 class ObjectSource:
-    """Records of any object with `__len__` and `__getitem__`; media paths are used as they are."""
+    """Records of any object with `__len__` and `__getitem__`, a data source of tensorflow-datasets for instance; media
+    paths are used as they are.
+    """
 
     def __init__(self, items, reading: Reading = Reading()):
         if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
@@ -166,7 +178,12 @@ class ObjectSource:
 
     def __getitem__(self, index: int) -> Record:
         where = f"{type(self._items).__name__}[{index}]"
-        return read_record(self._items[index], where, index, None, self._reading)
+        item = self._items[index]
+        if hasattr(self._items, "dataset_info"):
+            from qwenvl_jax.data.tfds_source import features_of, to_record
+
+            item = to_record(item, features_of(self._items))
+        return read_record(item, where, index, None, self._reading)
 
 
 class JoinedSources:
@@ -208,10 +225,12 @@ class Subset:
 
 
 def open_source(source, reading: Reading = Reading()) -> Source:
-    """Opens a JSONL file or a built data set by its path, several by a tuple or list of paths, or wraps an object.
+    """Opens a JSONL file, a built data set or one of tensorflow-datasets by its path, several by a tuple or list of
+    paths, or wraps an object.
 
     Raises:
-      DataError: see `JsonlSource`, `qwenvl_jax.data.built.BuiltSource` and `ObjectSource`.
+      DataError: see `JsonlSource`, `qwenvl_jax.data.built.BuiltSource`, `qwenvl_jax.data.tfds_source.TfdsSource` and
+        `ObjectSource`.
     """
     if isinstance(source, str | os.PathLike):
         return _open_path(source, reading)
@@ -223,9 +242,11 @@ def open_source(source, reading: Reading = Reading()) -> Source:
 def _open_path(path: str | os.PathLike, reading: Reading) -> Source:
     if not os.path.isdir(path):
         return JsonlSource(path, reading)
-    from qwenvl_jax.data.built import BuiltSource
+    # Both read sources by what is above.
+    from qwenvl_jax.data.built import BuiltSource, is_foreign
+    from qwenvl_jax.data.tfds_source import TfdsSource
 
-    return BuiltSource(path, reading)
+    return TfdsSource(Path(path), reading) if is_foreign(path) else BuiltSource(path, reading)
 
 
 def join(folder: Path, path: str | os.PathLike) -> str:
