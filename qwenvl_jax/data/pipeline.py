@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import grain
@@ -29,7 +29,10 @@ from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import Plan
 from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.data.sources import Source
+from qwenvl_jax.data.supervised import Supervised, end_with_parent
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
+
+_NAMED = 20  # samples that an error names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,22 +255,49 @@ class BatchLoader:
         return loaded
 
 
-def batches(loader: BatchLoader, steps: int, *, first: int = 0, threads: int = 2, workers: int = 0, prefetch: int = 4):
-    """A Grain iterator over the batches of steps `first` to `steps - 1`.
+def batches(
+    loader: BatchLoader,
+    steps: int,
+    *,
+    first: int = 0,
+    threads: int = 2,
+    workers: int = 0,
+    prefetch: int = 4,
+    worker_timeout: float = 600.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[PlannedBatch]:
+    """An iterator over the batches of steps `first` to `steps - 1`; close it, or take all of them, to end its workers.
 
     The content of the batches depends on neither `first`, `threads`, `workers` nor `prefetch`.
 
     Args:
       threads: that make batches, in each process; 0 makes them in the caller's.
-      workers: processes; 0 stays in this one. Each has a cache of samples of its own.
+      workers: processes; 0 stays in this one. Each has a cache of samples of its own. One that dies or hangs is
+        replaced (`qwenvl_jax.data.supervised`).
       prefetch: batches made ahead, in each process.
+      worker_timeout: seconds without a batch after which workers count as hung.
+      say: told when workers are replaced.
     """
     ahead = max(prefetch, threads) if threads else 0
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-    dataset = grain.MapDataset.range(first, steps).map(loader).to_iter_dataset(options)
-    if workers:
-        # Grain's workers read absl's flags, which a program that has its own command line never parses.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(dataset)
+    if not workers:
+        return iter(grain.MapDataset.range(first, steps).map(loader).to_iter_dataset(options))
+    # Grain's workers read absl's flags, which a program that has its own command line never parses.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+    def begin(step: int, end: int, state: str) -> Iterator[PlannedBatch]:
+        if state:
+            loader.plan.resume(json.loads(state))  # the workers plan on from there
+        dataset = grain.MapDataset.range(step, end).map(loader).to_iter_dataset(options)
+        processes = grain.MultiprocessingOptions(num_workers=min(workers, end - step))
+        return iter(dataset.mp_prefetch(processes, worker_init_fn=end_with_parent))
+
+    def describe(step: int) -> str:
+        names = [loader.plan.facts[entry].name for row in loader.plan[step] for entry in row]
+        more = f" and {len(names) - _NAMED} others" if len(names) > _NAMED else ""
+        return ", ".join(names[:_NAMED]) + more
+
+    return Supervised(
+        begin, first, steps, timeout=worker_timeout, remember=lambda planned: planned.state, describe=describe, say=say
+    )

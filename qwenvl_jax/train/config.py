@@ -18,7 +18,17 @@ from qwenvl_jax.errors import ConfigError
 
 # Settings that say how a run is carried out, not what it computes.
 RUNTIME_FIELDS = frozenset(
-    {"cache_bytes", "cache_dir", "threads", "workers", "prefetch", "keep_checkpoints", "max_failed", "measure_at_most"}
+    {
+        "cache_bytes",
+        "cache_dir",
+        "threads",
+        "workers",
+        "prefetch",
+        "worker_timeout",
+        "keep_checkpoints",
+        "max_failed",
+        "measure_at_most",
+    }
 )
 
 
@@ -46,6 +56,7 @@ class DataConfig:
       threads: that make batches; 0 makes them between the steps.
       workers: processes that make batches, each with caches and threads of its own; 0 stays in this one.
       prefetch: batches made ahead.
+      worker_timeout: seconds without a batch after which workers count as hung and are replaced.
       max_failed: share of the samples that may fail (a damaged file, say) and be left out, each told and written to the
         run's `quarantine.jsonl`; with more the run stops.
       measure_at_most: samples of a data set that are measured before the first step, where they bring no facts that
@@ -67,10 +78,13 @@ class DataConfig:
     threads: int = 1
     workers: int = 0
     prefetch: int = 2
+    worker_timeout: float = 600.0
     max_failed: float = 0.02
     measure_at_most: int = MEASURE_AT_MOST
 
     def __post_init__(self):
+        if not self.worker_timeout > 0:
+            raise ConfigError(f"data.worker_timeout={self.worker_timeout} must be more than 0 seconds.")
         if not 0 <= self.max_failed <= 1:
             raise ConfigError(f"data.max_failed={self.max_failed} must be a share, from 0 to 1.")
         if self.measure_at_most < 0:

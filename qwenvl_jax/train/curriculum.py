@@ -50,10 +50,11 @@ class Stage:
     samples: int
     failures: tuple[Failure, ...]
 
-    def batches(self, done: int, plan: str = ""):
-        """A new Grain iterator over the batches of the stage that follow step `done` of the run.
+    def batches(self, done: int, plan: str = "", say: Callable[[str], None] = lambda line: None):
+        """A new iterator over the batches of the stage that follow step `done` of the run.
 
         Args:
+          say: told when workers are replaced.
           plan: state of the plan after that step, if known (`PlannedBatch.state`), so that no step is planned again.
         """
         data = self.config.data
@@ -66,6 +67,8 @@ class Stage:
             threads=data.threads,
             workers=data.workers,
             prefetch=data.prefetch,
+            worker_timeout=data.worker_timeout,
+            say=say,
         )
 
 

@@ -7,6 +7,7 @@ would have had: weights, optimizer, random key and the place in the data are sav
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -36,13 +37,15 @@ from qwenvl_jax.train import run_folder
 from qwenvl_jax.train.config import TrainConfig, fingerprint
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.curriculum import Stage, prepare_stages
-from qwenvl_jax.train.metrics import MetricsLog
+from qwenvl_jax.train.metrics import MetricsLog, TimingLog
 from qwenvl_jax.train.optimizer import make_optimizer
 from qwenvl_jax.train.overrides import apply_overrides
 from qwenvl_jax.train.progress import Progress
 from qwenvl_jax.train.quarantine import Quarantine
 from qwenvl_jax.train.state import ModelParts, Params, TrainState
 from qwenvl_jax.train.step import make_step
+
+_WORTH_TELLING = 0.1  # share of a stage's time spent waiting for batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +152,8 @@ class _Run:
         metrics = MetricsLog(self.out / "metrics.jsonl", done)
         planned = [(stage.config.name, failure) for stage in self.stages for failure in stage.failures]
         self.quarantine = Quarantine(self.out, planned, done)
-        with contextlib.closing(metrics), _stop_signals() as stop:
+        self.timings = TimingLog(self.out / "timings.jsonl", done)
+        with contextlib.closing(metrics), contextlib.closing(self.timings), _stop_signals() as stop:
             for stage in self.stages:
                 if done >= stage.end or stop.is_set():
                     continue
@@ -160,7 +164,9 @@ class _Run:
                 # The step takes the arrays that learn: nothing else may hold them.
                 del params
                 plan = place.get("plan", "") if place and place["stage"] == stage.index else ""
-                state, done = self._run_stage(stage, state, frozen, done, plan, store, metrics, stop)
+                # Closed however the stage ends, so that no worker stays.
+                with contextlib.closing(stage.batches(done, plan, functools.partial(self._say_of, stage))) as batches:
+                    state, done = self._run_stage(stage, batches, state, frozen, done, store, metrics, stop)
                 params = frozen | state.params
         store.wait()
         if done < self.config.steps:
@@ -168,9 +174,8 @@ class _Run:
             return RunResult(self.out, done, self.config.steps, None)
         return RunResult(self.out, done, self.config.steps, self._export(params))
 
-    def _run_stage(self, stage: Stage, state, frozen, done: int, plan: str, store, metrics, stop):
+    def _run_stage(self, stage: Stage, batches, state, frozen, done: int, store, metrics, stop):
         """Takes the steps of a stage that are left, until its end or a stop; returns (state, steps done)."""
-        iterator = stage.batches(done, plan)
 
         def save():
             # The lines of the steps that the checkpoint holds are on disk before it is.
@@ -180,9 +185,11 @@ class _Run:
             place = {"stage": stage.index, "batches": done - stage.begin, "plan": plan}
             store.save(done, {"state": state, "frozen": frozen}, place)
 
-        compiled = None
+        compiled, plan = None, ""
         while done < stage.end and not stop.is_set():
-            planned = next(iterator)
+            asked = time.monotonic()
+            planned = next(batches)
+            wait = time.monotonic() - asked
             self._leave_out(stage, done + 1, planned.failed)
             batch = shard_batch(planned.batch, self.mesh)
             if compiled is None:
@@ -191,11 +198,28 @@ class _Run:
             done, plan = done + 1, planned.state
             line = {"step": done, "tokens": planned.tokens, "batch": planned.hash, "stage": stage.config.name}
             self._written(metrics.push(line, loss))
+            self.timings.push(done, wait)
+            self.progress.waited(wait)
             if done == stage.end or done % self.config.checkpoint_every == 0:
                 save()
         if stop.is_set():
             save()
+        self._tell_waits(stage)
         return state, done
+
+    def _say_of(self, stage: Stage, line: str) -> None:
+        self.say(f"{stage.config.name}: {line}")
+
+    def _tell_waits(self, stage: Stage) -> None:
+        """Says how much of a stage's time went into waiting for batches, if that is worth a change."""
+        share = self.progress.wait_share
+        if share > _WORTH_TELLING:
+            data = stage.config.data
+            self._say_of(
+                stage,
+                f"{share:.0%} of the time was spent waiting for batches (see {self.timings.path.name}); more "
+                f"data.workers (now {data.workers}) or data.threads (now {data.threads}) shorten it",
+            )
 
     def _leave_out(self, stage: Stage, step: int, failures: Sequence[Failure]) -> None:
         """Tells of samples that a step could not use, and stops when a stage has too many.

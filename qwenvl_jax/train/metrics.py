@@ -1,7 +1,8 @@
-"""`metrics.jsonl`: one line a step, and no step twice, however often the run was stopped."""
+"""`metrics.jsonl` and `timings.jsonl`: one line a step, and no step twice, however often the run was stopped."""
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,39 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the file; a waiting line is not written."""
+        self._file.close()
+
+
+class TimingLog:
+    """`timings.jsonl`: what differs from run to run, apart from the metrics, which do not.
+
+        {"step": 7, "seconds": 1.283, "wait": 0.002}
+
+    `seconds` since the step before was handed to the device, `wait` of them for the batch; the first step of a process
+    has no `seconds`.
+
+    Args:
+      path, done: as of `MetricsLog`.
+    """
+
+    def __init__(self, path: str | os.PathLike, done: int):
+        self.path = Path(path)
+        self._file = self.path.open("ab")
+        self._file.truncate(_length_of(self.path, done))
+        self._last: float | None = None
+
+    def push(self, step: int, wait: float) -> None:
+        """Writes the line of a step that waited so many seconds for its batch."""
+        now = time.monotonic()
+        line: dict[str, Any] = {"step": step}
+        if self._last is not None:
+            line["seconds"] = round(now - self._last, 6)
+        self._last = now
+        self._file.write(json.dumps(line | {"wait": round(wait, 6)}).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 

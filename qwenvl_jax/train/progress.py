@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_DRAWINGS = 0.25
+_WAIT_SHOWN = 0.05  # share of the time spent waiting for batches that is shown
 
 
 class Progress:
@@ -25,7 +26,7 @@ class Progress:
         self._steps, self._done, self._log = steps, done, log
         self._stream = stream or sys.stderr
         self._began, self._shown = time.monotonic(), float("-inf")
-        self._first, self._tokens = done, 0
+        self._first, self._tokens, self._waited = done, 0, 0.0
         self._bar: Bar | None = None
 
     def __enter__(self):
@@ -60,7 +61,16 @@ class Progress:
 
     def start_clock(self) -> None:
         """Begins to count speed anew, after a pause for compiling."""
-        self._began, self._first, self._tokens = time.monotonic(), self._done, 0
+        self._began, self._first, self._tokens, self._waited = time.monotonic(), self._done, 0, 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Counts a wait for a batch."""
+        self._waited += seconds
+
+    @property
+    def wait_share(self) -> float:
+        """Share of the time, since the clock was started, that went into waiting for batches."""
+        return self._waited / max(time.monotonic() - self._began, 1e-9)
 
     def update(self, line: dict[str, Any]) -> None:
         """Takes a finished step's line of the metrics."""
@@ -72,6 +82,8 @@ class Progress:
         seconds = max(now - self._began, 1e-9)
         left = (self._steps - self._done) * seconds / max(self._done - self._first, 1)
         figures = f"loss {line['loss']:.4f}  {self._tokens / seconds:,.0f} tokens/s  {_clock(left)} left"
+        if self.wait_share >= _WAIT_SHOWN:
+            figures += f"  waits for data {self.wait_share:.0%}"
         if self._bar is None:
             print(f"{line['stage']} step {self._done}/{self._steps}  {figures}", file=self._stream, flush=True)
         else:

@@ -2,6 +2,7 @@
 
 config.json      the settings that the numbers follow from
 metrics.jsonl    one line a step
+timings.jsonl    one line a step: seconds, and those spent waiting for its batch
 train.log        what the run said
 quarantine.jsonl samples that could not be used, and why; see `qwenvl_jax.train.quarantine`
 checkpoints/     by step, see `qwenvl_jax.checkpoint.store`
