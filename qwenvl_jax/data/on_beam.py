@@ -59,8 +59,10 @@ class OnBeam:
         Raises:
           DataError: a piece that cannot be made, or a pipeline that failed.
         """
+        if not count:
+            return
         beam = self._beam
-        # Another process with this folder is another build, even if it has the same path.
+        # A worker keeps a build open; the token tells it from another one in the same place.
         do = functools.partial(_do, str(building.folder), building.token, work, arguments)
         for path in building.folder.glob("problem-*"):
             path.unlink()
