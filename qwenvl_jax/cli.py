@@ -460,13 +460,17 @@ def _add_data_build(commands) -> None:
         epilog=f"""examples:
   {PROG} data build clips.jsonl ./clips --model Qwen/Qwen3-VL-4B-Instruct
   {PROG} data build a.jsonl b.jsonl ./clips --model ./my-model --embed-media --shards 16
+  {PROG} data build clips.jsonl ./clips --beam DirectRunner --beam-option direct_num_workers=8 \\
+      --beam-option direct_running_mode=multi_processing
 
 From Python, also without TensorFlow: tfds.builder_from_directory("./clips").as_data_source("train").
 
-Records that cannot be used are left out and listed in DST/quarantine.jsonl; too many, and nothing is written. DST
-comes whole or not at all. Needed beside this package: pip install 'qwenvl_jax[tfds]'.""",
+Records that cannot be used are left out and listed in DST/quarantine.jsonl; too many, and DST is not written. DST comes
+whole or not at all: until then what is done lies beside it in .DST.building, and started again, a build that was killed
+or failed goes on from there. With --beam a cluster measures and writes; its workers have this package and see SRC, the
+media and DST under the same paths. Needed: pip install 'qwenvl_jax[tfds]', for --beam 'qwenvl_jax[beam]'.""",
     )
-    parser.add_argument("sources", metavar="SRC", nargs="+", help="JSONL files, in the order of their records")
+    parser.add_argument("sources", metavar="SRC", nargs="+", help="JSONL files, or folders of tensorflow-datasets")
     parser.add_argument("destination", metavar="DST", help="a new or empty folder")
     parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: qwen3_vl_4b")
     media = parser.add_mutually_exclusive_group()
@@ -477,6 +481,10 @@ comes whole or not at all. Needed beside this package: pip install 'qwenvl_jax[t
     parser.add_argument("--shards", metavar="N", type=int, help="files of records; default: one for each 256 MiB")
     parser.add_argument(
         "--max-failed", metavar="X", type=float, default=0.02, help="share that may fail; default: %(default)s"
+    )
+    parser.add_argument("--beam", metavar="RUNNER", help="measure and write with Apache Beam, such as by FlinkRunner")
+    parser.add_argument(
+        "--beam-option", metavar="NAME=VALUE", action="append", default=[], help="of Beam's pipeline; may be repeated"
     )
     parser.set_defaults(act=_data_build, parser=parser)
 
@@ -491,6 +499,8 @@ def _data_build(options: argparse.Namespace) -> int:
         embed_media=options.embed_media,
         shards=options.shards,
         max_failed=options.max_failed,
+        beam=options.beam,
+        beam_options=options.beam_option,
     )
     return 0
 
@@ -509,7 +519,7 @@ def _add_data_inspect(commands) -> None:
 many; pieces, runs of tokens, each with first, tokens, kind (read, learnt or vision) and text; ids and taught (0 or 1)
 of every token; media, each with type, grid [t, h, w] in patches, and times in seconds.""",
     )
-    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder that `data build` made")
+    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder of `data build` or tfds")
     parser.add_argument("--index", metavar="N", type=int, default=0, help="of the record, from 0; default: %(default)s")
     parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: the folder's, else qwen3_vl_4b")
     parser.add_argument("--json", action="store_true", help="as JSON, see below")
@@ -537,7 +547,7 @@ def _add_data_stats(commands) -> None:
 source_fps, frames, video_patches, image_patches), each with count, sum, min, median, mean, p90 and max; failures, by
 reason.""",
     )
-    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder that `data build` made")
+    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder of `data build` or tfds")
     parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: the folder's, else qwen3_vl_4b")
     parser.add_argument("--json", action="store_true", help="as JSON, see below")
     parser.add_argument("--out", metavar="FILE", help="draw histograms into this file, such as stats.png")

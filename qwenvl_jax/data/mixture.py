@@ -29,8 +29,8 @@ class MixturePart:
 
     Attributes:
       name: unique in the mixture; its shuffles follow from the run's seed and this name.
-      source: path of a JSONL file, of a folder of `data build`, several paths, or an object with `__len__` and
-        `__getitem__`.
+      source: path of a JSONL file, of a folder of `data build` or of tensorflow-datasets, several paths, or an object
+        with `__len__` and `__getitem__`.
       weight: its share of the stream, beside the weights of the others.
       final_weight: its weight at the end of the stage, reached in a straight line; None keeps `weight`.
       max_epochs: how often each of its samples is seen at most in the stage; then the others share the rest. None has
@@ -136,6 +136,7 @@ class MixtureReader:
         frame_rates: Sequence[float] = (),
         budget: VideoBudget = VideoBudget(),
         modality_weights: Sequence[tuple[str, float]] = (),
+        measure_at_most: int | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> Mixture:
         """Reads the parts of a mixture.
@@ -148,6 +149,7 @@ class MixtureReader:
           budget: of videos.
           modality_weights: shares of the modalities, divided among the parts of each by their weights; none leaves the
             weights of the parts as they are.
+          measure_at_most: see `at_most` of `qwenvl_jax.data.facts.measure_each`; holds for each part.
           say: told of what takes time, and of what surprises.
 
         Raises:
@@ -163,7 +165,7 @@ class MixtureReader:
         empty: list[tuple[MixturePart, list[Failure]]] = []
         samples, lowered = 0, 0
         for part, (weight, final) in zip(parts, weights, strict=True):
-            measured = self._measure(part, hms_share, tuple(frame_rates), budget, say)
+            measured = self._measure(part, hms_share, tuple(frame_rates), budget, measure_at_most, say)
             table, used, failed, changed = _fitting(measured, misfit)
             failures += failed
             samples += len(measured.table)
@@ -181,7 +183,9 @@ class MixtureReader:
         source = sources[0] if len(sources) == 1 else JoinedSources(sources)
         return Mixture(source, tuple(facts), tuple(found), tuple(failures), samples, lowered)
 
-    def _measure(self, part: MixturePart, hms_share: float, rates: tuple[float, ...], budget: VideoBudget, say):
+    def _measure(
+        self, part: MixturePart, hms_share: float, rates: tuple[float, ...], budget: VideoBudget, at_most, say
+    ):
         source = part.source
         if not isinstance(source, str | tuple):
             source = tuple(source) if isinstance(source, list) else id(source)
@@ -196,7 +200,13 @@ class MixtureReader:
             if part.max_samples is not None and part.max_samples < len(records):
                 records = Subset(records, _drawn(len(records), part, self._seed).tolist())
             at_rates = AtRates(records, rates, budget)
-            entries = measure_each(at_rates, self._processor, processor_key=self._key, cache=_beside(part.source))
+            beside = _beside(part.source)
+            try:
+                entries = measure_each(
+                    at_rates, self._processor, processor_key=self._key, cache=beside, at_most=at_most
+                )
+            except DataError as error:
+                raise DataError(f"{_called(part)}: {error}") from error
             self._measured[name] = _Measured(at_rates, at_rates.table, entries)
         return self._measured[name]
 

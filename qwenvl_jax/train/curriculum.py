@@ -99,6 +99,7 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
                 frame_rates=[rate for rate, _ in data.frame_rates],
                 budget=data.video_budget,
                 modality_weights=data.modality_weights,
+                measure_at_most=data.measure_at_most,
                 say=functools.partial(_say_of, stage, say),
             )
             # Two streams of the same data in one run are shuffled apart.
