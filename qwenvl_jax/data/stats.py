@@ -35,7 +35,7 @@ FIGURES = {
     "video_patches": "patches of a video",
     "image_patches": "patches of an image",
 }
-_WHERE = re.compile(r"^(?:\S+\[\d+\], )?\S*:\d+: ")
+_WHERE = re.compile(r"^(?:\S+\[\d+\](?:, \S*:\d+)?|\S*:\d+): ")
 _FILE = re.compile(
     r"\S*/\S*[^\s:;,)]|\b[\w-]+\.(?:mp4|mov|mkv|webm|avi|ts|gif|png|jpe?g|webp|bmp|tiff?)\b", re.IGNORECASE
 )

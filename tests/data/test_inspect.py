@@ -144,7 +144,9 @@ def test_like_reasons_count_together():
 
     one = reason("/data/a.jsonl:7: message 0, part 0: video /clips/one.mp4 is truncated: 100 bytes; copy it again.")
     two = reason("b.jsonl:19: message 2, part 1: video other.mp4 is truncated: 2048 bytes; copy it again.")
-    assert one == two == "message N, part N: video FILE is truncated: N bytes; copy it again."
+    three = reason("/data/clips/1.0.0[7]: message 1, part 0: video v.mp4 is truncated: 7 bytes; copy it again.")
+    four = reason("built[3], /data/a.jsonl:7: message 1, part 0: video v.mp4 is truncated: 7 bytes; copy it again.")
+    assert one == two == three == four == "message N, part N: video FILE is truncated: N bytes; copy it again."
 
 
 def test_presets_name_public_checkpoints():
