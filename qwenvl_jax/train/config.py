@@ -27,6 +27,8 @@ class DataConfig:
       source: path of a JSONL file of records or of a folder that `qwenvl-jax data build` made, several paths, or an
         object with `__len__` and `__getitem__`.
       format: of the records, one of those in docs/formats.md; "auto" tells them apart by their keys.
+      remote_media: beginnings of the addresses from which images and videos may be fetched, such as "gs://my-bucket/";
+        none are without. They are fetched anew each time they are needed.
       hms_share: from 0 to 1, the share of records that tell times as H:M:S; the others tell seconds.
       shuffle: whether each epoch has an order of its own, drawn from the run's seed.
       window: samples of the stream that a step chooses from when it is packed; 0 is four for each row.
@@ -41,6 +43,7 @@ class DataConfig:
 
     source: Any = ""
     format: str = "auto"
+    remote_media: tuple[str, ...] = ()
     hms_share: float = 0.0
     shuffle: bool = True
     window: int = 0

@@ -78,8 +78,10 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
     for index, stage in enumerate(config.stages):
         _check_carry(config, index)
         data = stage.data
-        name = (data.source if isinstance(data.source, str | tuple) else id(data.source), data.format, data.hms_share)
+        origin = data.source if isinstance(data.source, str | tuple) else id(data.source)
+        name = (origin, data.format, data.hms_share, data.remote_media)
         try:
+            processor = processor.fetching(data.remote_media)
             if name not in seen:
                 say(f"{stage.name}: measuring the data")
                 source = open_source(data.source, _reading(data, config.seed, processor))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwenvl_jax.data import video
 from qwenvl_jax.data.ffmpeg_child import ffmpeg_program
 from qwenvl_jax.data.video import VideoInfo, probe, read_frames, skip_through, stream_through
 from tests.media import ffmpeg, number_of, numbered_frames, write_clip
@@ -138,11 +139,41 @@ def test_frames_far_apart_behind_an_edit_list(tmp_path):
         np.testing.assert_array_equal(frame, whole[i])
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("frames.mp4", CLOSED),
+        ("pyramid.mkv", [*X264, "-x264-params", "keyint=60:bframes=5:b-pyramid=normal:b-adapt=0"]),
+        ("open.ts", [*X264, "-x264-params", "open-gop=1:keyint=12:bframes=3:b-adapt=0"]),
+        ("slices.mp4", [*X264, "-bf", "2", "-slices", "3"]),
+        ("fields.mp4", [*X264, "-bf", "2", "-flags", "+ildct+ilme", "-x264-params", "tff=1"]),
+    ],
+)
+def test_frames_that_no_other_depends_on_are_left_out(name, options, tmp_path, monkeypatch):
+    info = moving(tmp_path / name, *options)
+    whole = list(stream_through(info, np.arange(len(info.times))))
+    wanted = np.arange(3, len(whole), 8)
+    if name != "open.ts":
+        assert not list(skip_through(info, wanted))  # too little to be worth another look at the file
+    monkeypatch.setattr("qwenvl_jax.data.video.LEAST_SPARED_PIXELS", 0)
+    alone = list(skip_through(info, wanted))
+    assert len(alone) == len(wanted)
+    kept = video._needed_packets(info, wanted)
+    assert kept.sum() < 0.9 * len(kept) and kept[info.packets.place[wanted]].all()
+    for i, frame in zip(wanted.tolist(), alone, strict=True):
+        np.testing.assert_array_equal(frame, whole[i], err_msg=f"{name}, frame {i}")
+
+
 def test_more_frames_than_a_command_line_holds(tmp_path, monkeypatch):
     monkeypatch.setattr("qwenvl_jax.data.ffmpeg_child.LONGEST_ARGUMENT", 200)
     path = write_clip(tmp_path / "clip.mp4", numbered_frames(40, 32, 32), fps="25")
     wanted = np.arange(0, 40, 2)
     assert [number_of(frame) for frame in read_frames(probe(path), wanted)] == wanted.tolist()
+    monkeypatch.setattr("qwenvl_jax.data.video.LEAST_SPARED_PIXELS", 0)  # nor packets
+    info = moving(tmp_path / "b.mp4", *CLOSED)
+    wanted = np.arange(0, len(info.times), 5)
+    for frame, same in zip(skip_through(info, wanted), stream_through(info, wanted), strict=True):
+        np.testing.assert_array_equal(frame, same)
 
 
 LONG = """
