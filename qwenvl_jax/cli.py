@@ -407,7 +407,7 @@ Times are those of the file, from its first frame shown, also within --start and
 and why; groups, the temporal patches, each with time, the mean of its frames, and text, what is written into the prompt
 (empty for models that write no times); grid, [t, h, w] in patches; tokens, the video's vision tokens after merging.""",
     )
-    parser.add_argument("video", metavar="VIDEO", help="the file")
+    parser.add_argument("video", metavar="VIDEO", help="the file, or an address that --remote-media allows")
     parser.add_argument("--sampler", metavar="NAME", help="one of those below; default: uniform")
     parser.add_argument("--fps", metavar="X", type=float, help="frames per second, on average")
     parser.add_argument("--num-frames", metavar="N", type=int, help="frames, exactly")
@@ -421,6 +421,13 @@ and why; groups, the temporal patches, each with time, the mean of its frames, a
     parser.add_argument("--max-frame-tokens", metavar="N", type=int, help="vision tokens of a frame at most")
     parser.add_argument("--max-video-tokens", metavar="N", type=int, help="vision tokens of the video at most")
     parser.add_argument("--model", metavar="NAME|PATH", help="a preset, a folder or a hub id; default: qwen3_vl_4b")
+    parser.add_argument(
+        "--remote-media",
+        metavar="PREFIX",
+        action="append",
+        default=[],
+        help="addresses that begin so may be fetched, as gs://my-bucket/; may be given several times",
+    )
     parser.add_argument("--json", action="store_true", help="as JSON, see below")
     parser.add_argument("--out", metavar="FILE", help="draw frames and timeline into this file, such as sheet.png")
     parser.set_defaults(act=_data_frames, parser=parser)
@@ -444,7 +451,14 @@ def _data_frames(options: argparse.Namespace) -> int:
         if part.get(name) is not None:
             raise _UsageError("--budget and --num-frames say the same of the sampler count; drop one.")
         part[name] = options.budget
-    show(options.video, model=options.model, as_json=options.json, out=options.out, **part)
+    show(
+        options.video,
+        model=options.model,
+        as_json=options.json,
+        out=options.out,
+        remote_media=options.remote_media,
+        **part,
+    )
     return 0
 
 

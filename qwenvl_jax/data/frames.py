@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.data import chat
+from qwenvl_jax.data.files import check_remote, local_file
 from qwenvl_jax.data.generations import find_generation
 from qwenvl_jax.data.media import MediaOpener, Opened
 from qwenvl_jax.data.processor import Processor
@@ -60,20 +62,24 @@ class Preview:
         }
 
 
-def preview(part: dict, model: str | Path = DEFAULT_MODEL) -> Preview:
+def preview(part: dict, model: str | Path = DEFAULT_MODEL, remote_media: Sequence[str] = ()) -> Preview:
     """Opens a video part as a model's processor does, for a look at it.
 
     Args:
       part: `{"type": "video", "video": path, ...}` with options as in a conversation.
       model: a preset, for the settings of its public checkpoint, a folder or a hub id.
+      remote_media: see `qwenvl_jax.data.processor.Processor.from_pretrained`.
 
     Raises:
       CheckpointError: there is no such model.
       ConversationError, MediaError: options or a file that cannot be used.
+      ConfigError: remote media that are no beginnings of addresses.
     """
+    remote = check_remote(remote_media)
     chat.check_conversation([{"role": "user", "content": [part]}])
     opener = public_opener(str(model)) if str(model) in PRESETS else Processor.from_pretrained(model).opener
-    return Preview(probe(part["video"]), opener.open(part), opener)
+    info = probe(local_file(part["video"], "video", remote))
+    return Preview(info, opener.open({**part, "video": str(info.path)}), opener)
 
 
 def public_opener(name: str) -> MediaOpener:
@@ -91,13 +97,19 @@ def public_opener(name: str) -> MediaOpener:
 
 
 def show(
-    video: str, *, model: str | None = None, as_json: bool = False, out: str | None = None, **options: Any
+    video: str,
+    *,
+    model: str | None = None,
+    as_json: bool = False,
+    out: str | None = None,
+    remote_media: Sequence[str] = (),
+    **options: Any,
 ) -> None:
     """Prints which frames are taken, as JSON or as a table, and draws them.
 
     Args:
-      video: the file.
-      model: see `preview`.
+      video: the file, or an address that `remote_media` allows.
+      model, remote_media: see `preview`.
       out: file to draw a contact sheet and a timeline into; its ending says in which format.
       **options: of the video part; those that are None are left out.
 
@@ -106,7 +118,7 @@ def show(
       ConfigError: a format that cannot be drawn.
     """
     part = {"type": "video", "video": video, **{key: value for key, value in options.items() if value is not None}}
-    seen = preview(part, model or DEFAULT_MODEL)
+    seen = preview(part, model or DEFAULT_MODEL, remote_media)
     if out is not None:
         from qwenvl_jax.data.sheet import draw
 
@@ -120,7 +132,7 @@ def table(seen: Preview) -> str:
     t, h, w = facts["grid"]
     frames = facts["frames"]
     lines = [
-        f"{seen.info.path}: {facts['duration']:.3f} s, {facts['source_fps']:.3f} fps, "
+        f"{seen.info.name.removeprefix('video ')}: {facts['duration']:.3f} s, {facts['source_fps']:.3f} fps, "
         f"{seen.info.width} x {seen.info.height} pixels",
         f"{len(frames)} frames in {t} temporal patches of {h} x {w} patches: {facts['tokens']:,} vision tokens, "
         f"{facts['tokens'] // t} each",

@@ -137,6 +137,7 @@ class MixtureReader:
         budget: VideoBudget = VideoBudget(),
         modality_weights: Sequence[tuple[str, float]] = (),
         measure_at_most: int | None = None,
+        remote_media: tuple[str, ...] = (),
         say: Callable[[str], None] = lambda line: None,
     ) -> Mixture:
         """Reads the parts of a mixture.
@@ -150,6 +151,7 @@ class MixtureReader:
           modality_weights: shares of the modalities, divided among the parts of each by their weights; none leaves the
             weights of the parts as they are.
           measure_at_most: see `at_most` of `qwenvl_jax.data.facts.measure_each`; holds for each part.
+          remote_media: beginnings of the addresses that media may be fetched from; see `Processor.from_pretrained`.
           say: told of what takes time, and of what surprises.
 
         Raises:
@@ -164,8 +166,9 @@ class MixtureReader:
         failures: list[Failure] = []
         empty: list[tuple[MixturePart, list[Failure]]] = []
         samples, lowered = 0, 0
+        processor = self._processor.fetching(remote_media) if remote_media else self._processor
         for part, (weight, final) in zip(parts, weights, strict=True):
-            measured = self._measure(part, hms_share, tuple(frame_rates), budget, measure_at_most, say)
+            measured = self._measure(part, processor, hms_share, tuple(frame_rates), budget, measure_at_most, say)
             table, used, failed, changed = _fitting(measured, misfit)
             failures += failed
             samples += len(measured.table)
@@ -184,16 +187,23 @@ class MixtureReader:
         return Mixture(source, tuple(facts), tuple(found), tuple(failures), samples, lowered)
 
     def _measure(
-        self, part: MixturePart, hms_share: float, rates: tuple[float, ...], budget: VideoBudget, at_most, say
+        self,
+        part: MixturePart,
+        processor,
+        hms_share: float,
+        rates: tuple[float, ...],
+        budget: VideoBudget,
+        at_most,
+        say,
     ):
         source = part.source
         if not isinstance(source, str | tuple):
             source = tuple(source) if isinstance(source, list) else id(source)
         some = None if part.max_samples is None else (part.max_samples, part.name)
-        name = (source, part.format, hms_share, some, rates, budget)
+        name = (source, part.format, hms_share, some, rates, budget, processor.opener.remote)
         if name not in self._measured:
             say(f"measuring {_called(part)}")
-            reading = Reading.of(self._processor, format=part.format, hms_share=hms_share, seed=self._seed)
+            reading = Reading.of(processor, format=part.format, hms_share=hms_share, seed=self._seed)
             records = open_source(part.source, reading)
             for folder in with_other_facts(records, self._key):
                 say(f"{folder} was built for another processor, so its samples are measured again")
@@ -202,9 +212,7 @@ class MixtureReader:
             at_rates = AtRates(records, rates, budget)
             beside = _beside(part.source)
             try:
-                entries = measure_each(
-                    at_rates, self._processor, processor_key=self._key, cache=beside, at_most=at_most
-                )
+                entries = measure_each(at_rates, processor, processor_key=self._key, cache=beside, at_most=at_most)
             except DataError as error:
                 raise DataError(f"{_called(part)}: {error}") from error
             self._measured[name] = _Measured(at_rates, at_rates.table, entries)

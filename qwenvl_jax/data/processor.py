@@ -124,6 +124,14 @@ class Processor:
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
+    def fetching(self, remote_media: Sequence[str]) -> "Processor":
+        """The same processor with other `remote_media`; see `from_pretrained`.
+
+        Raises:
+          ConfigError: they are no beginnings of addresses.
+        """
+        return Processor(self._settings, remote_media)
+
     def save_pretrained(self, folder: str | Path):
         """Writes the files that `from_pretrained` reads, here and in transformers; `folder` is made if missing."""
         self._settings.write(Path(folder))

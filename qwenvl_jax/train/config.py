@@ -47,6 +47,8 @@ class DataConfig:
       frame_rates: pairs (frames per second, weight), drawn anew for each sample in each epoch, for videos whose record
         gives neither `fps` nor `num_frames`; empty leaves them at the model's rate.
       video_budget: of videos whose record gives none; see `qwenvl_jax.data.mixture.VideoBudget`.
+      remote_media: beginnings of the addresses from which images and videos may be fetched, such as "gs://my-bucket/";
+        none are without. They are fetched anew each time they are needed.
       hms_share: from 0 to 1, the share of records that tell times as H:M:S; the others tell seconds.
       shuffle: whether each epoch has an order of its own, drawn from the run's seed.
       window: samples of the stream that a step chooses from when it is packed; 0 takes as many as would fill four
@@ -70,6 +72,7 @@ class DataConfig:
     modality_weights: tuple[tuple[str, float], ...] = ()
     frame_rates: tuple[tuple[float, float], ...] = ()
     video_budget: VideoBudget = dataclasses.field(default_factory=VideoBudget)
+    remote_media: tuple[str, ...] = ()
     hms_share: float = 0.0
     shuffle: bool = True
     window: int = 0
