@@ -12,8 +12,10 @@ import os
 import tempfile
 from pathlib import Path
 
+from qwenvl_jax.data import chat
 from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.packing import SampleFacts
+from qwenvl_jax.data.pooling import Pool
 from qwenvl_jax.data.sources import Record, Source, media_paths
 from qwenvl_jax.errors import DataError, QwenVLError
 
@@ -108,7 +110,9 @@ def measure_each(
             found[key] = entry
         tokens, loss_tokens, runs = entry
         frames = tuple(patches for patches, count in runs for _ in range(count))
-        return SampleFacts(f"{record.where} ({record.id})", tokens, frames, loss_tokens)
+        pools = [Pool.of(part) for _, part in chat.parts_of(record.messages, ("image", "video"))]
+        taps = max((pool.taps for pool in pools if pool), default=0)
+        return SampleFacts(f"{record.where} ({record.id})", tokens, frames, loss_tokens, taps)
 
     with concurrent.futures.ThreadPoolExecutor(_PROBES) as pool:
         facts = tuple(pool.map(measure, range(len(source))))
