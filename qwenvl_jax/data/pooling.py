@@ -83,13 +83,11 @@ def _mixing(pool: Pool, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _bilinear(size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """i64[n, 2], f32[n, 2]: along one side, the two places around the centre of each pooled place, and their weights.
-
-    In float32, as torch computes them.
-    """
+    """i64[n, 2], f32[n, 2]: along a side, the two places around the centre of each pooled place, and their weights."""
     pooled = -(-size // side)
-    scale = np.float32(size) / np.float32(pooled)
-    centre = np.maximum(scale * (np.arange(pooled, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), 0)
+    # As torch: the scale is a float32, and what it is multiplied with and added to is rounded once.
+    scale = np.float64(np.float32(size) / np.float32(pooled))
+    centre = np.maximum((scale * (np.arange(pooled) + 0.5) - 0.5).astype(np.float32), 0)
     first = np.minimum(centre.astype(np.int64), size - 1)
     share = centre - first.astype(np.float32)
     return np.stack([first, np.minimum(first + 1, size - 1)], axis=1), np.stack([1 - share, share], axis=1)
