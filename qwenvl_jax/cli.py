@@ -405,7 +405,8 @@ Times are those of the file, from its first frame shown, also within --start and
 
 --json prints one object: duration (seconds) and source_fps of the file; frames, each with index and time in the file
 and why; groups, the temporal patches, each with time, the mean of its frames, and text, what is written into the prompt
-(empty for models that write no times); grid, [t, h, w] in patches; tokens, the video's vision tokens after merging.""",
+(empty for models that write no times); grid, [t, h, w] in patches; tokens, the video's vision tokens after merging and
+pooling.""",
     )
     parser.add_argument("video", metavar="VIDEO", help="the file, or an address that --remote-media allows")
     parser.add_argument("--sampler", metavar="NAME", help="one of those below; default: uniform")
@@ -420,6 +421,8 @@ and why; groups, the temporal patches, each with time, the mean of its frames, a
     parser.add_argument("--end", metavar="S", type=float, help="seconds in the file up to which frames are taken")
     parser.add_argument("--max-frame-tokens", metavar="N", type=int, help="vision tokens of a frame at most")
     parser.add_argument("--max-video-tokens", metavar="N", type=int, help="vision tokens of the video at most")
+    parser.add_argument("--pool", metavar="P", type=int, help="make one token of each P x P of a frame; default: 1")
+    parser.add_argument("--pool-method", metavar="NAME", help="bilinear (default) or mean")
     parser.add_argument("--model", metavar="NAME|PATH", help="a preset, a folder or a hub id; default: qwen3_vl_4b")
     parser.add_argument(
         "--remote-media",
@@ -444,7 +447,8 @@ def _seconds(text: str) -> list[float]:
 def _data_frames(options: argparse.Namespace) -> int:
     from qwenvl_jax.data.frames import show
 
-    names = "sampler fps num_frames min_frames min_fps max_fps timestamps start end max_frame_tokens max_video_tokens"
+    names = "sampler fps num_frames min_frames min_fps max_fps timestamps start end max_frame_tokens max_video_tokens "
+    names += "pool pool_method"
     part = {name: getattr(options, name) for name in names.split()}
     if options.budget is not None:
         name = "num_frames" if options.sampler == "count" else "max_frames"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,16 @@ class Preview:
 
     @property
     def tokens(self) -> int:
-        """Merged tokens of the video, without its times and marks."""
-        t, h, w = self.opened.grid
-        return t * h * w // self.opener.video.merge_size**2
+        """Tokens of the video in the prompt, merged and pooled, without its times and marks."""
+        m = self.opener.video.merge_size
+        return math.prod(self.opened.shown_grid(m)) // m**2
 
     def facts(self) -> dict[str, Any]:
         """The object that `--json` prints.
 
         duration, in seconds, and source_fps are the file's; frames are those taken, by their index and time in the
         file; groups are the temporal patches, with the mean time of their frames and what is written into the prompt
-        (nothing for generations that write no times); grid is (t, h, w) in patches; tokens are merged ones.
+        (nothing for generations that write no times); grid is (t, h, w) in patches; tokens are merged and pooled ones.
         """
         choice = self.opened.choice
         assert choice is not None  # of a file
@@ -131,11 +132,13 @@ def table(seen: Preview) -> str:
     facts, tau = seen.facts(), seen.opener.video.temporal_patch_size
     t, h, w = facts["grid"]
     frames = facts["frames"]
+    pool = seen.opened.pool
+    pooled = f" after pooling by {pool.side} ({pool.method})" if pool else ""
     lines = [
         f"{seen.info.name.removeprefix('video ')}: {facts['duration']:.3f} s, {facts['source_fps']:.3f} fps, "
         f"{seen.info.width} x {seen.info.height} pixels",
         f"{len(frames)} frames in {t} temporal patches of {h} x {w} patches: {facts['tokens']:,} vision tokens, "
-        f"{facts['tokens'] // t} each",
+        f"{facts['tokens'] // t} each{pooled}",
         "",
         f"{'frame':>7}  {'seconds':>10}  {'in the prompt':<18}why",
     ]

@@ -10,7 +10,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from qwenvl_jax.data.built import with_other_facts
 from qwenvl_jax.data.facts import facts_digest, measure_each
 from qwenvl_jax.data.failure import Failure, check_share
 from qwenvl_jax.data.packing import SampleFacts
+from qwenvl_jax.data.pooling import MAX_SIDE, METHODS
 from qwenvl_jax.data.sources import JoinedSources, Reading, Record, Source, Subset, open_source
 from qwenvl_jax.data.stream import Part
 from qwenvl_jax.errors import ConfigError, DataError
@@ -54,6 +55,9 @@ class MixturePart:
             raise ConfigError(f"part {self.name!r} of the mixture: max_samples={self.max_samples} must be at least 1.")
 
 
+_CAPS = ("max_video_tokens", "max_frame_tokens", "min_frame_tokens", "max_frames")
+
+
 @dataclasses.dataclass(frozen=True)
 class VideoBudget:
     """What a video of the data takes at most, where its record does not say.
@@ -64,17 +68,27 @@ class VideoBudget:
       min_frame_tokens: merged tokens of a temporal patch below which fewer frames are taken, not smaller ones; needs
         `max_video_tokens`.
       max_frames: frames of a video.
+      pool: side of the cells of merged tokens that become one, 1 for none; caps in tokens count those after it.
+      pool_method: "bilinear" or "mean"; see `qwenvl_jax.data.pooling`.
     """
 
     max_video_tokens: int | None = None
     max_frame_tokens: int | None = None
     min_frame_tokens: int | None = None
     max_frames: int | None = None
+    pool: int = 1
+    pool_method: Literal["bilinear", "mean"] = "bilinear"
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
+        for name in (*_CAPS, "pool"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"video_budget.{name}={value} must be at least 1.")
+        if self.pool > MAX_SIDE or self.pool_method not in METHODS:
+            raise ConfigError(
+                f"video_budget.pool={self.pool} must be at most {MAX_SIDE}, and video_budget.pool_method="
+                f"{self.pool_method!r} one of {', '.join(METHODS)}."
+            )
         if self.min_frame_tokens and not self.max_video_tokens:
             raise ConfigError("video_budget.min_frame_tokens needs video_budget.max_video_tokens; set both or neither.")
         if self.min_frame_tokens and self.min_frame_tokens > (self.max_video_tokens or 0):
@@ -360,7 +374,7 @@ def _shown(message, rate: float | None, budget: VideoBudget):
 def _with_limits(part, rate: float | None, budget: VideoBudget):
     if not _is_file(part):
         return part
-    limits = {name: value for name, value in dataclasses.asdict(budget).items() if value is not None}
+    limits: dict[str, Any] = {name: value for name in _CAPS if (value := getattr(budget, name)) is not None}
     bounded = any(part.get(key) is not None for key in ("min_pixels", "max_pixels", "max_frame_tokens"))
     if bounded or part.get("max_video_tokens") is not None:
         # It says how large it is: in pixels, which go with no bound in tokens, or in tokens.
@@ -371,6 +385,8 @@ def _with_limits(part, rate: float | None, budget: VideoBudget):
         limits.pop("max_frames", None)
     if rate is not None and _takes_rate(part):
         limits["fps"] = rate
+    if budget.pool > 1 and part.get("pool") is None:
+        limits |= {"pool": budget.pool, "pool_method": budget.pool_method}
     return {**part, **limits}
 
 
