@@ -65,6 +65,9 @@ class Batch:
       loss_weights: f32[B, T], weight of each target in the loss; 0 where nothing is learnt.
       vision_index: i32[B, T], -1 for text, else the merged token of the row's group that stands here.
       vision: one `VisionRows` for each length bucket; empty for a batch of text.
+      pool_index: i32[B, T, Q], the merged tokens of the row's group that each vision token is made of, the first of
+        them that of `vision_index`; 0 at text. None for a batch without pooling.
+      pool_weights: f32[B, T, Q], their weights, which sum to 1 at a vision token; 0 at text. None with `pool_index`.
     """
 
     tokens: Array
@@ -74,6 +77,8 @@ class Batch:
     loss_weights: Array
     vision_index: Array
     vision: tuple[VisionRows, ...] = ()
+    pool_index: Array | None = None
+    pool_weights: Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -405,9 +405,10 @@ Times are those of the file, from its first frame shown, also within --start and
 
 --json prints one object: duration (seconds) and source_fps of the file; frames, each with index and time in the file
 and why; groups, the temporal patches, each with time, the mean of its frames, and text, what is written into the prompt
-(empty for models that write no times); grid, [t, h, w] in patches; tokens, the video's vision tokens after merging.""",
+(empty for models that write no times); grid, [t, h, w] in patches; tokens, the video's vision tokens after merging and
+pooling.""",
     )
-    parser.add_argument("video", metavar="VIDEO", help="the file")
+    parser.add_argument("video", metavar="VIDEO", help="the file, or an address that --remote-media allows")
     parser.add_argument("--sampler", metavar="NAME", help="one of those below; default: uniform")
     parser.add_argument("--fps", metavar="X", type=float, help="frames per second, on average")
     parser.add_argument("--num-frames", metavar="N", type=int, help="frames, exactly")
@@ -420,7 +421,16 @@ and why; groups, the temporal patches, each with time, the mean of its frames, a
     parser.add_argument("--end", metavar="S", type=float, help="seconds in the file up to which frames are taken")
     parser.add_argument("--max-frame-tokens", metavar="N", type=int, help="vision tokens of a frame at most")
     parser.add_argument("--max-video-tokens", metavar="N", type=int, help="vision tokens of the video at most")
+    parser.add_argument("--pool", metavar="P", type=int, help="make one token of each P x P of a frame; default: 1")
+    parser.add_argument("--pool-method", metavar="NAME", help="bilinear (default) or mean")
     parser.add_argument("--model", metavar="NAME|PATH", help="a preset, a folder or a hub id; default: qwen3_vl_4b")
+    parser.add_argument(
+        "--remote-media",
+        metavar="PREFIX",
+        action="append",
+        default=[],
+        help="addresses that begin so may be fetched, as gs://my-bucket/; may be given several times",
+    )
     parser.add_argument("--json", action="store_true", help="as JSON, see below")
     parser.add_argument("--out", metavar="FILE", help="draw frames and timeline into this file, such as sheet.png")
     parser.set_defaults(act=_data_frames, parser=parser)
@@ -437,14 +447,22 @@ def _seconds(text: str) -> list[float]:
 def _data_frames(options: argparse.Namespace) -> int:
     from qwenvl_jax.data.frames import show
 
-    names = "sampler fps num_frames min_frames min_fps max_fps timestamps start end max_frame_tokens max_video_tokens"
+    names = "sampler fps num_frames min_frames min_fps max_fps timestamps start end max_frame_tokens max_video_tokens "
+    names += "pool pool_method"
     part = {name: getattr(options, name) for name in names.split()}
     if options.budget is not None:
         name = "num_frames" if options.sampler == "count" else "max_frames"
         if part.get(name) is not None:
             raise _UsageError("--budget and --num-frames say the same of the sampler count; drop one.")
         part[name] = options.budget
-    show(options.video, model=options.model, as_json=options.json, out=options.out, **part)
+    show(
+        options.video,
+        model=options.model,
+        as_json=options.json,
+        out=options.out,
+        remote_media=options.remote_media,
+        **part,
+    )
     return 0
 
 
@@ -460,13 +478,17 @@ def _add_data_build(commands) -> None:
         epilog=f"""examples:
   {PROG} data build clips.jsonl ./clips --model Qwen/Qwen3-VL-4B-Instruct
   {PROG} data build a.jsonl b.jsonl ./clips --model ./my-model --embed-media --shards 16
+  {PROG} data build clips.jsonl ./clips --beam DirectRunner --beam-option direct_num_workers=8 \\
+      --beam-option direct_running_mode=multi_processing
 
 From Python, also without TensorFlow: tfds.builder_from_directory("./clips").as_data_source("train").
 
-Records that cannot be used are left out and listed in DST/quarantine.jsonl; too many, and nothing is written. DST
-comes whole or not at all. Needed beside this package: pip install 'qwenvl_jax[tfds]'.""",
+Records that cannot be used are left out and listed in DST/quarantine.jsonl; too many, and DST is not written. DST comes
+whole or not at all: until then what is done lies beside it in .DST.building, and started again, a build that was killed
+or failed goes on from there. With --beam a cluster measures and writes; its workers have this package and see SRC, the
+media and DST under the same paths. Needed: pip install 'qwenvl_jax[tfds]', for --beam 'qwenvl_jax[beam]'.""",
     )
-    parser.add_argument("sources", metavar="SRC", nargs="+", help="JSONL files, in the order of their records")
+    parser.add_argument("sources", metavar="SRC", nargs="+", help="JSONL files, or folders of tensorflow-datasets")
     parser.add_argument("destination", metavar="DST", help="a new or empty folder")
     parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: qwen3_vl_4b")
     media = parser.add_mutually_exclusive_group()
@@ -477,6 +499,10 @@ comes whole or not at all. Needed beside this package: pip install 'qwenvl_jax[t
     parser.add_argument("--shards", metavar="N", type=int, help="files of records; default: one for each 256 MiB")
     parser.add_argument(
         "--max-failed", metavar="X", type=float, default=0.02, help="share that may fail; default: %(default)s"
+    )
+    parser.add_argument("--beam", metavar="RUNNER", help="measure and write with Apache Beam, such as by FlinkRunner")
+    parser.add_argument(
+        "--beam-option", metavar="NAME=VALUE", action="append", default=[], help="of Beam's pipeline; may be repeated"
     )
     parser.set_defaults(act=_data_build, parser=parser)
 
@@ -491,6 +517,8 @@ def _data_build(options: argparse.Namespace) -> int:
         embed_media=options.embed_media,
         shards=options.shards,
         max_failed=options.max_failed,
+        beam=options.beam,
+        beam_options=options.beam_option,
     )
     return 0
 
@@ -509,7 +537,7 @@ def _add_data_inspect(commands) -> None:
 many; pieces, runs of tokens, each with first, tokens, kind (read, learnt or vision) and text; ids and taught (0 or 1)
 of every token; media, each with type, grid [t, h, w] in patches, and times in seconds.""",
     )
-    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder that `data build` made")
+    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder of `data build` or tfds")
     parser.add_argument("--index", metavar="N", type=int, default=0, help="of the record, from 0; default: %(default)s")
     parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: the folder's, else qwen3_vl_4b")
     parser.add_argument("--json", action="store_true", help="as JSON, see below")
@@ -537,7 +565,7 @@ def _add_data_stats(commands) -> None:
 source_fps, frames, video_patches, image_patches), each with count, sum, min, median, mean, p90 and max; failures, by
 reason.""",
     )
-    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder that `data build` made")
+    parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder of `data build` or tfds")
     parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: the folder's, else qwen3_vl_4b")
     parser.add_argument("--json", action="store_true", help="as JSON, see below")
     parser.add_argument("--out", metavar="FILE", help="draw histograms into this file, such as stats.png")

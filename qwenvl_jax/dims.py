@@ -18,4 +18,5 @@
 | R, L   | vision rows in a group, patch slots in a vision row                      |
 | M      | merged vision tokens in a group                                          |
 | P      | side of a patch, in pixels                                               |
+| Q      | merged tokens that a pooled token is made of, at most                    |
 """

@@ -142,7 +142,9 @@ def _at_length_step(batch: Batch) -> Batch:
     def pad(leaf, value=0):
         return np.pad(leaf, [(0, 0), (0, room)] + [(0, 0)] * (leaf.ndim - 2), constant_values=value)
 
-    names = ("tokens", "positions", "segment_ids", "targets", "loss_weights")
+    names = ["tokens", "positions", "segment_ids", "targets", "loss_weights"]
+    if batch.pool_index is not None:
+        names += ["pool_index", "pool_weights"]
     rows = {name: pad(np.asarray(getattr(batch, name))) for name in names}
     return dataclasses.replace(batch, **rows, vision_index=pad(np.asarray(batch.vision_index), -1))
 

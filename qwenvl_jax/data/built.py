@@ -24,6 +24,9 @@ from qwenvl_jax.errors import DataError
 
 MEDIA, MEDIA_CACHE, PROCESSOR, QUARANTINE = "media", "media-cache", "processor", "quarantine.jsonl"
 SPLIT = "train"
+INFO = "dataset_info.json"  # tfds's own
+# As tensorflow-datasets calls the data sets, which shows in the names of their files.
+TITLES = {"records": "qwenvl_records", "media": "qwenvl_media"}
 # What we say of a data set stands in tfds's own file of metadata.
 METADATA, OURS, VERSION = "metadata.json", "qwenvl_jax", 1
 
@@ -58,11 +61,20 @@ def built_metadata(folder: str | os.PathLike) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"data folder {folder} is not a data set of `qwenvl-jax data build` ({METADATA} is missing or damaged); "
-            "give such a folder, or a JSONL file."
+            "give such a folder, one of tensorflow-datasets, or a JSONL file."
         ) from error
     if version != VERSION:
         raise DataError(f"data folder {folder} has version {version}, this package reads {VERSION}; build it again.")
     return ours
+
+
+def is_foreign(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a data set of tensorflow-datasets that `data build` did not make."""
+    try:
+        info = json.loads((Path(folder) / INFO).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(info, dict) and info.get("name") != TITLES["records"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +108,8 @@ class BuiltSource:
         self.folder, self._reading = Path(folder), reading
         metadata = built_metadata(folder)
         self.processor_key = metadata["processor"]
-        self._records = _open(self.folder)
-        self._media = _open(self.folder / MEDIA) if metadata["embedded"] else None
+        self._records = open_split(self.folder)
+        self._media = open_split(self.folder / MEDIA) if metadata["embedded"] else None
 
     def __reduce__(self):
         # A worker process opens the files for itself.
@@ -107,7 +119,7 @@ class BuiltSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        item = _read(self._records, index, self.folder)
+        item = read_item(self._records, index, self.folder)
         where = f"{self.folder}[{index}], {item['where'].decode()}"
         origin, number, text = Path(os.fsdecode(item["folder"])), int(item["number"]), item["record"]
         entry = [int(item["tokens"]), int(item["loss_tokens"]), item["frames"].tolist()]
@@ -151,7 +163,7 @@ class BuiltSource:
             target = Path(self._place(path, medium))
             if target.is_file() and target.stat().st_size == medium.size:
                 continue
-            data = _read(self._media, medium.index, self.folder / MEDIA)["data"]
+            data = read_item(self._media, medium.index, self.folder / MEDIA)["data"]
             try:
                 target.parent.mkdir(exist_ok=True)
                 with tempfile.NamedTemporaryFile(
@@ -177,16 +189,37 @@ def with_other_facts(source: Source, processor_key: str) -> list[Path]:
     return [one.folder for one in sources if isinstance(one, BuiltSource) and one.processor_key != processor_key]
 
 
-def _open(folder: Path) -> Any:
-    """The records of a tfds data set, with random access."""
+def open_split(folder: Path) -> Any:
+    """The records of a tfds data set, with random access: of its split "train", or of its only one.
+
+    Raises:
+      DataError: the folder is damaged, or none of its splits is to be read; tensorflow-datasets is not installed.
+    """
     tfds = import_tfds()
     try:
-        return tfds.builder_from_directory(folder).as_data_source(SPLIT)
+        builder = tfds.builder_from_directory(folder)
+        splits = list(builder.info.splits)
+        if SPLIT in splits or len(splits) == 1:
+            return builder.as_data_source(SPLIT if SPLIT in splits else splits[0])
+    except NotImplementedError as error:
+        raise DataError(
+            f"data folder {folder} is in a format without random access; write it as ArrayRecord, with "
+            "file_format='array_record' of its builder."
+        ) from error
     except Exception as error:  # whatever tfds, protobuf and array_record raise about files that are damaged
         raise _damaged(folder, error) from error
+    raise DataError(
+        f"data folder {folder} has the splits {', '.join(splits) or '(none)'}; call the one to train on {SPLIT!r}, or "
+        "give tfds.data_source(...) of it."
+    )
 
 
-def _read(items: Any, index: int, folder: Path) -> dict[str, Any]:
+def read_item(items: Any, index: int, folder: Path) -> dict[str, Any]:
+    """An item of a tfds data set.
+
+    Raises:
+      DataError: the folder is damaged.
+    """
     try:
         return items[index]
     except Exception as error:  # array_record raises ValueError and RuntimeError, protobuf its own

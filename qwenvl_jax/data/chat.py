@@ -21,6 +21,7 @@ import jinja2.sandbox
 import numpy as np
 from tokenizers import Tokenizer
 
+from qwenvl_jax.data.pooling import MAX_SIDE, METHODS
 from qwenvl_jax.data.samplers import OPTIONS as SAMPLING_OPTIONS
 from qwenvl_jax.data.samplers import SAMPLERS
 from qwenvl_jax.errors import CheckpointError, ConversationError
@@ -28,7 +29,7 @@ from qwenvl_jax.errors import CheckpointError, ConversationError
 ROLES = ("system", "user", "assistant", "tool")
 PART_KEYS = {
     "text": ("type", "text"),
-    "image": ("type", "image", "min_pixels", "max_pixels"),
+    "image": ("type", "image", "min_pixels", "max_pixels", "pool", "pool_method"),
     "video": (
         "type",
         "video",
@@ -41,6 +42,8 @@ PART_KEYS = {
         "max_frame_tokens",
         "max_video_tokens",
         "min_frame_tokens",
+        "pool",
+        "pool_method",
         "min_fps",
         "max_fps",
         "sampler",
@@ -52,7 +55,7 @@ PART_KEYS = {
 }
 # Options that may be fractions; options that are checked apart; the rest are positive whole numbers.
 _FRACTIONS = ("fps", "min_fps", "max_fps", "duration")
-_OTHERWISE = ("sampler", "start", "end", "timestamps")
+_OTHERWISE = ("sampler", "start", "end", "timestamps", "pool_method")
 # The names under which templates read a message's reasoning.
 _REASONING = ("reasoning_content", "thinking")
 MESSAGE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
@@ -165,8 +168,28 @@ def _check_part(part: Any, role: str, where: str):
     for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels"), ("min_fps", "max_fps")):
         if part.get(low) is not None and part.get(high) is not None and part[low] > part[high]:
             raise ConversationError(f"{where} has {low}={part[low]} above {high}={part[high]}; swap or drop one.")
+    if kind != "text":
+        _check_pooling(part, where)
     if kind == "video":
         _check_sampling(part, where)
+
+
+def _check_pooling(part: dict, where: str):
+    """How the merged tokens of an image or video are pooled."""
+    if (part.get("pool") or 1) > MAX_SIDE:
+        raise ConversationError(
+            f"{where} must have a whole number from 1 (no pooling) to {MAX_SIDE} under 'pool', got "
+            f"{_show(part['pool'])}."
+        )
+    method = part.get("pool_method")
+    if method is None:
+        return
+    if method not in METHODS:
+        raise ConversationError(
+            f"{where} has an unknown pool_method {_show(method)}; there are {' and '.join(METHODS)}."
+        )
+    if part.get("pool") is None:
+        raise ConversationError(f"{where} gives pool_method without pool; give both, or drop it.")
 
 
 def _check_min_frame_tokens(part: dict, where: str):

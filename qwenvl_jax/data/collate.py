@@ -1,11 +1,13 @@
 """From samples, already placed in rows, to a `Batch`: token rows, and the frames of each group laid in vision rows."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from qwenvl_jax.batch import Batch, VisionRows
+from qwenvl_jax.data.pooling import Pool
 from qwenvl_jax.data.sample import Sample
 from qwenvl_jax.errors import DataError
 
@@ -18,11 +20,13 @@ class _Frame:
       patches: u8[h*w, 3*tau*P*P].
       size: (h, w) in patches.
       item: number of the image or video in the group, from 1.
+      pool: how its merged tokens are pooled, or None.
     """
 
     patches: np.ndarray
     size: tuple[int, int]
     item: int
+    pool: Pool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,7 @@ def collate(
     merge_size: int = 2,
     patch_dim: int | None = None,
     window: int = 0,
+    pool_taps: int | None = None,
 ) -> Batch:
     """Makes a `Batch` of NumPy arrays.
 
@@ -119,9 +124,12 @@ def collate(
       merge_size: patches to the side of a merged token.
       patch_dim: bytes in a patch; needed where `vision_shape` is given and no sample may have media.
       window: side of an attention window of the tower, in merged tokens; 0 for a tower without windows.
+      pool_taps: Q, merged tokens that a pooled token is made of at most; 0 for a batch without pooling, as many as
+        needed without it.
 
     Raises:
-      DataError: a row is longer than `length`, the rows do not divide into the groups, or frames do not fit the shape.
+      DataError: a row is longer than `length`, the rows do not divide into the groups, frames do not fit the shape, or
+        pooled ones are made of more than `pool_taps`.
     """
     if not rows or len(rows) % groups:
         raise DataError(f"{len(rows)} rows do not divide evenly into groups={groups}; change one of them.")
@@ -144,11 +152,12 @@ def collate(
             )
         places.append(placed)
     vision = _vision_rows(frames_by_group, places, shape, pixel_table, merge_size, patch_dim, window)
-    merged = [
-        _merged_index(frames, placed, shape, merge_size, window)
+    taps = _check_taps(frames_by_group, pool_taps)
+    shown = [
+        _shown(frames, _merged_index(frames, placed, shape, merge_size, window), merge_size, max(1, taps))
         for frames, placed in zip(frames_by_group, places, strict=True)
     ]
-    return _token_rows(rows, merged, length, pad_token_id, merge_size, vision)
+    return _token_rows(rows, shown, length, pad_token_id, taps, vision)
 
 
 def _check_shape(shape: tuple[tuple[int, int], ...], merge_size: int):
@@ -161,6 +170,17 @@ def _check_shape(shape: tuple[tuple[int, int], ...], merge_size: int):
             )
 
 
+def _check_taps(frames_by_group: list[list[_Frame]], given: int | None) -> int:
+    """Merged tokens to a pooled one: as given, if it holds all frames, or as they need; 0 where none is pooled."""
+    needed = max((frame.pool.taps for frames in frames_by_group for frame in frames if frame.pool), default=0)
+    if given is not None and needed > given:
+        raise DataError(
+            f"an image or video is pooled from {needed} merged tokens to one, more than pool_taps={given}; raise it, "
+            "or pool less."
+        )
+    return needed if given is None else given
+
+
 def _frames(samples: list[Sample]) -> list[_Frame]:
     """The frames of a group in reading order."""
     frames, item = [], 0
@@ -168,7 +188,7 @@ def _frames(samples: list[Sample]) -> list[_Frame]:
         for medium in sample.media:
             item += 1
             t, h, w = medium.grid
-            frames += [_Frame(medium.patches[i * h * w :][: h * w], (h, w), item) for i in range(t)]
+            frames += [_Frame(medium.patches[i * h * w :][: h * w], (h, w), item, medium.pool) for i in range(t)]
     return frames
 
 
@@ -255,7 +275,29 @@ def _vision_rows(
     return tuple(VisionRows(**bucket, pixel_table=table) for bucket in buckets)
 
 
-def _token_rows(rows, merged, length, pad_token_id, merge_size, vision) -> Batch:
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """The vision tokens of a group in reading order, of all its media.
+
+    Attributes:
+      index: i32[n, Q], the merged tokens of the group that each is made of; one where nothing is pooled.
+      weights: f32[n, Q], their weights.
+      begin: the first of each medium.
+    """
+
+    index: np.ndarray
+    weights: np.ndarray
+    begin: list[int]
+
+
+def _token_rows(
+    rows: Sequence[Sequence[Sample]],
+    shown: list[_Shown],
+    length: int,
+    pad_token_id: int,
+    taps: int,
+    vision: tuple[VisionRows, ...],
+) -> Batch:
     """Lays the samples of each row side by side and points their vision tokens at the merged tokens of the group."""
     axes = next((s.positions.shape[1] for row in rows for s in row), 3)
     tokens_BT = np.full((len(rows), length), pad_token_id, np.int32)
@@ -264,9 +306,11 @@ def _token_rows(rows, merged, length, pad_token_id, merge_size, vision) -> Batch
     targets_BT = np.full((len(rows), length), pad_token_id, np.int32)
     weights_BT = np.zeros((len(rows), length), np.float32)
     index_BT = np.full((len(rows), length), -1, np.int32)
-    per_group = len(rows) // len(merged)
-    for g, merged_M in enumerate(merged):
-        used = 0  # merged tokens of the group's samples before this one
+    pool_index_BTQ = np.zeros((len(rows), length, taps), np.int32)
+    pool_weights_BTQ = np.zeros((len(rows), length, taps), np.float32)
+    per_group = len(rows) // len(shown)
+    for g, of_group in enumerate(shown):
+        media = iter(of_group.begin)
         for b in range(g * per_group, (g + 1) * per_group):
             start = 0
             for number, sample in enumerate(rows[b], 1):
@@ -276,9 +320,14 @@ def _token_rows(rows, merged, length, pad_token_id, merge_size, vision) -> Batch
                 segments_BT[at] = number
                 targets_BT[at] = sample.targets
                 weights_BT[at] = sample.loss_weights
+                first = [next(media) for _ in sample.media]
                 seen = sample.vision_index >= 0
-                index_BT[at][seen] = merged_M[used + sample.vision_index[seen]]
-                used += sum(len(medium.patches) for medium in sample.media) // merge_size**2
+                if seen.any():
+                    tokens = first[0] + sample.vision_index[seen]
+                    index_BT[at][seen] = of_group.index[tokens, 0]
+                    if taps:
+                        pool_index_BTQ[at][seen] = of_group.index[tokens]
+                        pool_weights_BTQ[at][seen] = of_group.weights[tokens]
                 start += len(sample.tokens)
     return Batch(
         tokens=tokens_BT,
@@ -288,13 +337,15 @@ def _token_rows(rows, merged, length, pad_token_id, merge_size, vision) -> Batch
         loss_weights=weights_BT,
         vision_index=index_BT,
         vision=vision,
+        pool_index=pool_index_BTQ if taps else None,
+        pool_weights=pool_weights_BTQ if taps else None,
     )
 
 
 def _merged_index(
     frames: list[_Frame], places: list[Place], shape: tuple[tuple[int, int], ...], merge_size: int, window: int
-) -> np.ndarray:
-    """i32[M]: for each merged token of the group in reading order, its number among the slots of the vision rows."""
+) -> list[np.ndarray]:
+    """i64[h/m * w/m] of each frame: for its merged tokens in reading order, their numbers among the group's slots."""
     before = np.cumsum([0] + [rows * slots for rows, slots in shape])  # patch slots of the buckets before
     pieces = []
     for frame, place in zip(frames, places, strict=True):
@@ -304,4 +355,23 @@ def _merged_index(
             order, _ = window_order(frame.size[0] // merge_size, frame.size[1] // merge_size, window)
             tokens = np.argsort(order)
         pieces.append(start + tokens)
-    return np.concatenate([np.empty(0, np.int64), *pieces]).astype(np.int32)
+    return pieces
+
+
+def _shown(frames: list[_Frame], merged: list[np.ndarray], merge_size: int, taps: int) -> _Shown:
+    """The vision tokens of a group whose frames have these merged tokens."""
+    sides = [(frame.size[0] // merge_size, frame.size[1] // merge_size) for frame in frames]
+    counts = [math.prod(f.pool.grid(*side) if f.pool else side) for f, side in zip(frames, sides, strict=True)]
+    ends = np.cumsum([0, *counts])
+    index, weights = np.zeros((ends[-1], taps), np.int32), np.zeros((ends[-1], taps), np.float32)
+    for frame, side, tokens, start, end in zip(frames, sides, merged, ends[:-1], ends[1:], strict=True):
+        if frame.pool is None:
+            # Places of weight 0 are those of a token that stands here anyway.
+            index[start:end], weights[start:end, 0] = tokens[:, None], 1
+        else:
+            places, shares = frame.pool.mixing(*side)
+            index[start:end] = tokens[places[:, :1]]
+            index[start:end, : places.shape[1]] = tokens[places]
+            weights[start:end, : places.shape[1]] = shares
+    firsts = [f for f, frame in enumerate(frames) if f == 0 or frame.item != frames[f - 1].item]
+    return _Shown(index, weights, [int(ends[f]) for f in firsts])

@@ -6,17 +6,23 @@ state of its media files and the processor's settings, so a changed record, file
 
 import collections
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qwenvl_jax.data import chat
 from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.packing import SampleFacts
+from qwenvl_jax.data.pooling import Pool
 from qwenvl_jax.data.sources import Record, Source, media_paths
 from qwenvl_jax.errors import DataError, QwenVLError
 
+# Data of more records is measured by `qwenvl-jax data build`, not before training, unless a run allows it.
+MEASURE_AT_MOST = 100_000
 # Probing a file waits for another process, so a few at a time even on few cores.
 _PROBES = 4
 # Entries of a file of facts that are kept beside those in use, for each of them.
@@ -70,7 +76,7 @@ def measure_source(
 
 
 def measure_each(
-    source: Source, processor, *, processor_key: str = "", cache: Path | None = None
+    source: Source, processor, *, processor_key: str = "", cache: Path | None = None, at_most: int | None = None
 ) -> tuple[SampleFacts | Failure, ...]:
     """The facts of every sample of `source`, in order; of one that cannot be read, or that the processor refuses, why.
 
@@ -79,44 +85,107 @@ def measure_each(
       processor_key: a hash of the processor's settings; "" measures everything again.
       cache: the path that the file of facts begins with; None keeps none. Facts that came with a record are used where
         they hold, and not kept there.
-    """
-    path = Path(f"{cache}.facts-{processor_key[:12]}.json") if cache and processor_key else None
-    known = _read_facts(path) if path else {}
-    found: dict[str, list] = {}
+      at_most: records that may be measured, since neither they nor the file of facts bring facts that hold; None has no
+        bound.
 
-    def measure(index: int) -> SampleFacts | Failure:
+    Raises:
+      DataError: there are more to measure.
+    """
+    path = facts_path(cache, processor_key) if cache and processor_key else None
+    known = read_facts(path) if path else {}
+    if at_most is not None and len(source) > at_most:
+        _check_known(source, processor_key, known, at_most)
+    found = measure_numbers(source, range(len(source)), processor, processor_key, known)
+    kept = {one.key: one.entry for one in found if isinstance(one, Measured) and one.key and not one.brought}
+    if path:
+        add_facts(path, known, kept)
+    return tuple(one.facts() if isinstance(one, Measured) else one for one in found)
+
+
+def _check_known(source: Source, processor_key: str, known: Mapping[str, list], at_most: int) -> None:
+    missing = 0
+    for index in range(len(source)):
+        try:
+            record = source[index]
+        except QwenVLError:
+            continue  # it is told with the others that cannot be read
+        key = sample_key(record, processor_key)
+        if not key or (key not in known and (record.known is None or record.known[0] != key)):
+            missing += 1
+        if missing > at_most:
+            raise DataError(
+                f"of {len(source):,} samples more than data.measure_at_most={at_most} have no facts by which steps are "
+                "planned, or none that hold for this processor and these settings; let `qwenvl-jax data build` measure "
+                "them once (on a cluster with --beam) and train on the folder that it makes, or raise it."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was found out about a sample.
+
+    Attributes:
+      name: how errors call it.
+      key: what the facts hold for, see `sample_key`.
+      entry: the facts as they are kept: tokens, learnt tokens, and runs of equal frames, each the patches in a frame
+        and how many frames.
+      pool_taps: see `SampleFacts`.
+      brought: whether they came with the record.
+    """
+
+    name: str
+    key: str
+    entry: list
+    pool_taps: int = 0
+    brought: bool = False
+
+    def facts(self) -> SampleFacts:
+        """The facts as planning takes them."""
+        tokens, loss_tokens, runs = self.entry
+        frames = tuple(patches for patches, n in runs for _ in range(n))
+        return SampleFacts(self.name, tokens, frames, loss_tokens, self.pool_taps)
+
+
+def measure_numbers(
+    source: Source, numbers: Sequence[int], processor, processor_key: str, known: Mapping[str, list]
+) -> list[Measured | Failure]:
+    """Measures some samples of a source, a few at a time.
+
+    Args:
+      numbers: which.
+      processor, processor_key: see `measure_each`.
+      known: entries found earlier, by key.
+    """
+
+    def measure(index: int) -> Measured | Failure:
         try:
             record = source[index]
         except QwenVLError as error:
             return Failure(f"record {index}", str(error))
+        name = f"{record.where} ({record.id})"
         key = sample_key(record, processor_key)
-        entry = known.get(key) if key else None
-        brought = bool(key) and record.known is not None and record.known[0] == key
-        if brought:
-            assert record.known is not None
-            entry = record.known[1]
-        if entry is None:
-            try:
-                if record.fetch is not None:
-                    record.fetch()
-                facts = processor.measure(record.messages, **record.options)
-            except QwenVLError as error:
-                return Failure(f"{record.where} ({record.id})", f"{record.where}: {error}")
-            # Equal frames follow each other: (patches in a frame, how many frames).
-            entry = [facts.tokens, facts.loss_tokens, [[h * w, t] for t, h, w in facts.grids]]
-        if key and not brought:
-            found[key] = entry
-        tokens, loss_tokens, runs = entry
-        frames = tuple(patches for patches, count in runs for _ in range(count))
-        return SampleFacts(f"{record.where} ({record.id})", tokens, frames, loss_tokens)
+        if key and record.known is not None and record.known[0] == key:
+            return Measured(name, key, record.known[1], _pool_taps(record), brought=True)
+        if key and key in known:
+            return Measured(name, key, known[key], _pool_taps(record))
+        try:
+            if record.fetch is not None:
+                record.fetch()
+            facts = processor.measure(record.messages, **record.options)
+        except QwenVLError as error:
+            return Failure(name, f"{record.where}: {error}")
+        # Equal frames follow each other.
+        entry = [facts.tokens, facts.loss_tokens, [[h * w, t] for t, h, w in facts.grids]]
+        return Measured(name, key, entry, _pool_taps(record))
 
     with concurrent.futures.ThreadPoolExecutor(_PROBES) as pool:
-        facts = tuple(pool.map(measure, range(len(source))))
-    if path and not found.items() <= known.items():
-        # What other settings found out (frame rates, say) stays, as long as it is not much more than this.
-        others = dict(list(known.items())[-_OTHERS * len(found) :])
-        _write_facts(path, others | found)
-    return facts
+        return list(pool.map(measure, numbers))
+
+
+def _pool_taps(record: Record) -> int:
+    """See `SampleFacts`; of a record that the processor took."""
+    pools = [Pool.of(part) for _, part in chat.parts_of(record.messages, ("image", "video"))]
+    return max((pool.taps for pool in pools if pool), default=0)
 
 
 def facts_digest(facts: tuple[SampleFacts, ...], source: Source) -> str:
@@ -128,12 +197,24 @@ def facts_digest(facts: tuple[SampleFacts, ...], source: Source) -> str:
     return digest.hexdigest()
 
 
-def _read_facts(path: Path) -> dict[str, list]:
+def facts_path(data: Path, processor_key: str) -> Path:
+    """The file of facts beside a data file."""
+    return Path(f"{data}.facts-{processor_key[:12]}.json")
+
+
+def read_facts(path: Path) -> dict[str, list]:
     """The entries of a file of facts; none if it is missing or damaged, for it can be made again."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+
+
+def add_facts(path: Path, known: dict[str, list], found: dict[str, list]) -> None:
+    """Adds entries to those that a file of facts has."""
+    if not found.items() <= known.items():
+        # What other settings found out (frame rates, say) stays, as long as it is not much more than this.
+        _write_facts(path, dict(list(known.items())[-_OTHERS * len(found) :]) | found)
 
 
 def _write_facts(path: Path, entries: dict[str, list]) -> None:

@@ -8,6 +8,7 @@ Elsewhere the limit of time is the one that holds.
 """
 
 import contextlib
+import fcntl
 import functools
 import os
 import re
@@ -18,7 +19,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from qwenvl_jax.errors import MediaError
 
@@ -31,6 +32,8 @@ MEMORY_PER_CPU_BYTES = 64 << 20
 MAX_FRAME_PIXELS = 64 * 1024 * 1024
 MAX_LISTING_BYTES = 256 * 1024 * 1024
 LONGEST_ARGUMENT = 100_000  # bytes; Linux takes 128 KiB
+# What it may write ahead of being read: a frame would fill the usual 64 KiB a hundred times, each a change of process.
+PIPE_BYTES = 1 << 20
 # Containers that carry times and show where a file was cut off. Playlists (concat, hls, dash) would open other files,
 # raw streams have no times to tell, and a cut Ogg, FLV or ASF looks whole.
 DEMUXERS = "mov,matroska,webm,avi,mpegts,gif"
@@ -127,10 +130,10 @@ class Child:
         self._cpu_limit = max(LEAST_CPU_SECONDS, CPU_SECONDS_PER_MINUTE * seconds / 60)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115, closed in __exit__
         self._told = 0
-        command, self._graph = _long_graph(command)
+        self._files: list[IO[bytes]] = []
         self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE if self._graph else subprocess.DEVNULL,
+            self._short(command),
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._log,
             bufsize=1 << 20,
@@ -144,6 +147,22 @@ class Child:
         self._timer.daemon = True
         assert self._process.stdout is not None  # it is a pipe
         self.stdout = self._process.stdout
+        if hasattr(fcntl, "F_SETPIPE_SZ"):  # Linux; a user with many pipes may be refused, which costs some time
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    def _short(self, command: list[str]) -> list[str]:
+        """A command line with files in place of what an argument does not hold: lists of frames and of packets."""
+        words = list(command)
+        for i, word in enumerate(command):
+            if len(word) > LONGEST_ARGUMENT:
+                self._files.append(tempfile.NamedTemporaryFile(prefix="qwenvl-ffmpeg-"))  # noqa: SIM115, see __exit__
+                self._files[-1].write(word.encode())
+                self._files[-1].flush()
+                option = command[i - 1]
+                words[i] = self._files[-1].name
+                words[i - 1] = f"-/{option[1:]}" if ffmpeg_version() >= (7, 0) else f"{option}_script"
+        return words
 
     def _limit(self):
         if not hasattr(resource, "prlimit"):
@@ -172,12 +191,6 @@ class Child:
 
     def __enter__(self) -> Self:
         self._timer.start()
-        if self._process.stdin is not None:
-            with (
-                contextlib.suppress(BrokenPipeError),
-                self._process.stdin as pipe,
-            ):  # it has ended, and `finish` says why
-                pipe.write(self._graph)
         return self
 
     def __exit__(self, *_):
@@ -185,7 +198,8 @@ class Child:
         self._process.kill()
         self._process.wait()
         self.stdout.close()
-        self._log.close()
+        for file in (self._log, *self._files):
+            file.close()
 
     def said(self) -> str:
         """The whole lines of messages that came since the last call; what came of a frame is here before the frame."""
@@ -257,17 +271,6 @@ class Child:
         if "Input #0" in messages:
             raise MediaError(f"{name} is truncated or damaged ({reason}); copy or make it again.")
         raise MediaError(f"{name} is not a video that ffmpeg can read ({reason}); copy it again, or convert it to MP4.")
-
-
-def _long_graph(command: list[str]) -> tuple[list[str], bytes]:
-    """A command line, and the graph of filters that it reads from its standard input where no argument holds it."""
-    if "-filter_complex" not in command:
-        return command, b""
-    at = command.index("-filter_complex")
-    if len(command[at + 1]) <= LONGEST_ARGUMENT:
-        return command, b""
-    option = "-/filter_complex" if ffmpeg_version() >= (7, 0) else "-filter_complex_script"
-    return [*command[:at], option, "pipe:0", *command[at + 2 :]], command[at + 1].encode()
 
 
 def too_many_pixels(name: str, width: int, height: int) -> MediaError:

@@ -97,7 +97,7 @@ def _fetched(address: str, kind: str, remote: Sequence[str]) -> LocalFile:
         scheme = address.partition("://")[0]
         raise MediaError(
             f"{name} is not on this machine, and fetching it is not allowed; copy it here and give its path, or allow "
-            f"it: Processor.from_pretrained(..., remote_media=['{scheme}://...'])."
+            f"it: remote_media=['{scheme}://...'] of Processor.from_pretrained or of a stage's data, or --remote-media."
         )
     import fsspec
 

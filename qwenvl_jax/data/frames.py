@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.data import chat
+from qwenvl_jax.data.files import check_remote, local_file
 from qwenvl_jax.data.generations import find_generation
 from qwenvl_jax.data.media import MediaOpener, Opened
 from qwenvl_jax.data.processor import Processor
@@ -33,16 +36,16 @@ class Preview:
 
     @property
     def tokens(self) -> int:
-        """Merged tokens of the video, without its times and marks."""
-        t, h, w = self.opened.grid
-        return t * h * w // self.opener.video.merge_size**2
+        """Tokens of the video in the prompt, merged and pooled, without its times and marks."""
+        m = self.opener.video.merge_size
+        return math.prod(self.opened.shown_grid(m)) // m**2
 
     def facts(self) -> dict[str, Any]:
         """The object that `--json` prints.
 
         duration, in seconds, and source_fps are the file's; frames are those taken, by their index and time in the
         file; groups are the temporal patches, with the mean time of their frames and what is written into the prompt
-        (nothing for generations that write no times); grid is (t, h, w) in patches; tokens are merged ones.
+        (nothing for generations that write no times); grid is (t, h, w) in patches; tokens are merged and pooled ones.
         """
         choice = self.opened.choice
         assert choice is not None  # of a file
@@ -60,20 +63,24 @@ class Preview:
         }
 
 
-def preview(part: dict, model: str | Path = DEFAULT_MODEL) -> Preview:
+def preview(part: dict, model: str | Path = DEFAULT_MODEL, remote_media: Sequence[str] = ()) -> Preview:
     """Opens a video part as a model's processor does, for a look at it.
 
     Args:
       part: `{"type": "video", "video": path, ...}` with options as in a conversation.
       model: a preset, for the settings of its public checkpoint, a folder or a hub id.
+      remote_media: see `qwenvl_jax.data.processor.Processor.from_pretrained`.
 
     Raises:
       CheckpointError: there is no such model.
       ConversationError, MediaError: options or a file that cannot be used.
+      ConfigError: remote media that are no beginnings of addresses.
     """
+    remote = check_remote(remote_media)
     chat.check_conversation([{"role": "user", "content": [part]}])
     opener = public_opener(str(model)) if str(model) in PRESETS else Processor.from_pretrained(model).opener
-    return Preview(probe(part["video"]), opener.open(part), opener)
+    info = probe(local_file(part["video"], "video", remote))
+    return Preview(info, opener.open({**part, "video": str(info.path)}), opener)
 
 
 def public_opener(name: str) -> MediaOpener:
@@ -91,13 +98,19 @@ def public_opener(name: str) -> MediaOpener:
 
 
 def show(
-    video: str, *, model: str | None = None, as_json: bool = False, out: str | None = None, **options: Any
+    video: str,
+    *,
+    model: str | None = None,
+    as_json: bool = False,
+    out: str | None = None,
+    remote_media: Sequence[str] = (),
+    **options: Any,
 ) -> None:
     """Prints which frames are taken, as JSON or as a table, and draws them.
 
     Args:
-      video: the file.
-      model: see `preview`.
+      video: the file, or an address that `remote_media` allows.
+      model, remote_media: see `preview`.
       out: file to draw a contact sheet and a timeline into; its ending says in which format.
       **options: of the video part; those that are None are left out.
 
@@ -106,7 +119,7 @@ def show(
       ConfigError: a format that cannot be drawn.
     """
     part = {"type": "video", "video": video, **{key: value for key, value in options.items() if value is not None}}
-    seen = preview(part, model or DEFAULT_MODEL)
+    seen = preview(part, model or DEFAULT_MODEL, remote_media)
     if out is not None:
         from qwenvl_jax.data.sheet import draw
 
@@ -119,11 +132,13 @@ def table(seen: Preview) -> str:
     facts, tau = seen.facts(), seen.opener.video.temporal_patch_size
     t, h, w = facts["grid"]
     frames = facts["frames"]
+    pool = seen.opened.pool
+    pooled = f" after pooling by {pool.side} ({pool.method})" if pool else ""
     lines = [
-        f"{seen.info.path}: {facts['duration']:.3f} s, {facts['source_fps']:.3f} fps, "
+        f"{seen.info.name.removeprefix('video ')}: {facts['duration']:.3f} s, {facts['source_fps']:.3f} fps, "
         f"{seen.info.width} x {seen.info.height} pixels",
         f"{len(frames)} frames in {t} temporal patches of {h} x {w} patches: {facts['tokens']:,} vision tokens, "
-        f"{facts['tokens'] // t} each",
+        f"{facts['tokens'] // t} each{pooled}",
         "",
         f"{'frame':>7}  {'seconds':>10}  {'in the prompt':<18}why",
     ]

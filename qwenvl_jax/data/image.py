@@ -175,7 +175,7 @@ def _taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     to as many fractional bits, at most 22, as keep the largest weight below 2^15.
 
     Returns:
-      first i64[out], count i64[out], weights i32[out, most taps], and the number of fractional bits.
+      first i64[out], count i64[out], weights i16[out, most taps], and the number of fractional bits.
 
     Reference: ATen's `upsample_bicubic2d_aa` for uint8 on the CPU.
     """
@@ -198,53 +198,22 @@ def _taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     weight_OJ /= total_O[:, None]
     bits = max((p for p in range(1, 23) if int(0.5 + weight_OJ.max() * (1 << p)) < 1 << 15), default=0)
     scaled_OJ = weight_OJ * (1 << bits)
-    weight_OJ = np.trunc(scaled_OJ + np.where(scaled_OJ < 0, -0.5, 0.5)).astype(np.int32)
+    weight_OJ = np.trunc(scaled_OJ + np.where(scaled_OJ < 0, -0.5, 0.5)).astype(np.int16)
     return first_O, count_O, weight_OJ, bits
 
 
-@functools.cache
-def _kernels():
-    """The two passes, compiled at first use and then kept on disk; numba is imported only then."""
-    import numba
-
-    try:
-        return _compile(numba.njit(cache=True, nogil=True))
-    except RuntimeError:  # neither the package nor the user's cache folder can be written
-        return _compile(numba.njit(nogil=True))
-
-
-def _compile(jit):
-    @jit
-    def horizontal(image, first, count, weights, bits, out):
-        half = np.int32(1) << np.int32(bits - 1) if bits > 0 else np.int32(0)
-        for y in range(image.shape[0]):
-            for x in range(out.shape[1]):
-                red, green, blue = half, half, half
-                start = first[x]
-                for j in range(count[x]):
-                    weight = weights[x, j]
-                    red += weight * np.int32(image[y, start + j, 0])
-                    green += weight * np.int32(image[y, start + j, 1])
-                    blue += weight * np.int32(image[y, start + j, 2])
-                out[y, x, 0] = min(max(red >> bits, 0), 255)
-                out[y, x, 1] = min(max(green >> bits, 0), 255)
-                out[y, x, 2] = min(max(blue >> bits, 0), 255)
-
-    @jit
-    def vertical(image, first, count, weights, bits, out):
-        half = np.int32(1) << np.int32(bits - 1) if bits > 0 else np.int32(0)
-        row = np.empty(image.shape[1], np.int32)
-        for y in range(out.shape[0]):
-            row[:] = half
-            for j in range(count[y]):
-                weight = weights[y, j]
-                source = image[first[y] + j]
-                for i in range(row.shape[0]):
-                    row[i] += weight * np.int32(source[i])
-            for i in range(row.shape[0]):
-                out[y, i] = min(max(row[i] >> bits, 0), 255)
-
-    return horizontal, vertical
+@functools.lru_cache(maxsize=256)
+def _paired_taps(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """`_taps` where the pixels of an axis stand in pairs: the first pair, how many, and the weights of their pixels."""
+    first_O, count_O, weight_OJ, bits = _taps(size_in, size_out)
+    odd_O = first_O % 2
+    pairs_O = (odd_O + count_O + 1) // 2
+    paired_OJ = np.zeros((size_out, 2 * pairs_O.max()), np.int16)
+    for odd in (0, 1):  # the pair of an odd first pixel begins one before it
+        rows = odd_O == odd
+        width = min(weight_OJ.shape[1], paired_OJ.shape[1] - odd)
+        paired_OJ[rows, odd : odd + width] = weight_OJ[rows, :width]
+    return first_O // 2, pairs_O, paired_OJ, bits
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -260,17 +229,20 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
       u8[height, width, 3], bit-equal to `torchvision.transforms.v2.functional.resize(..., BICUBIC, antialias=True)`
       on a CPU.
     """
-    horizontal, vertical = _kernels()
+    from qwenvl_jax.data import resampling  # imports numba
+
     image = np.ascontiguousarray(image)
     if image.shape[1] != width:
         out = np.empty((image.shape[0], width, 3), np.uint8)
-        horizontal(image, *_taps(image.shape[1], width), out)
+        resampling.horizontal(image, *_paired_taps(image.shape[1], width), out)
         image = out
     if image.shape[0] != height:
-        out = np.empty((height, width, 3), np.uint8)
-        flat = image.reshape(image.shape[0], -1)
-        vertical(flat, *_taps(image.shape[0], height), out.reshape(height, -1))
-        image = out
+        rows = image.reshape(image.shape[0], -1)
+        narrow = max(0, resampling.STRIP - rows.shape[1])
+        rows = np.pad(rows, ((0, 0), (0, narrow))) if narrow else rows
+        out = np.empty((height, rows.shape[1]), np.uint8)
+        resampling.vertical(rows, *_taps(image.shape[0], height), out)
+        image = np.ascontiguousarray(out[:, : 3 * width]).reshape(height, width, 3)
     return image
 
 

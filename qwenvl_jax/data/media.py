@@ -10,6 +10,7 @@ import numpy as np
 from qwenvl_jax.data import image, motion, positions, sampling, video
 from qwenvl_jax.data.files import is_remote, local_file
 from qwenvl_jax.data.generations import Generation
+from qwenvl_jax.data.pooling import Pool
 from qwenvl_jax.data.samplers import OPTIONS, SAMPLERS, Choice, Wish, clip_of
 from qwenvl_jax.data.settings import MediaConfig
 from qwenvl_jax.errors import ConversationError, MediaError
@@ -33,6 +34,7 @@ class Opened:
       steps: i32[t], time positions from the start of the medium, where they tell absolute time; else None.
       load: decodes; returns u8[t*h*w, 3*tau*P*P].
       choice: the frames of a video file, and why they were chosen; else None.
+      pool: how its merged tokens are pooled, or None.
     """
 
     part: dict
@@ -43,6 +45,15 @@ class Opened:
     steps: np.ndarray | None
     load: Callable[[], np.ndarray]
     choice: Choice | None = None
+    pool: Pool | None = None
+
+    def shown_grid(self, merge_size: int) -> tuple[int, int, int]:
+        """(t, h, w) in patches of a medium that would have as many tokens, and as they lie, without pooling."""
+        if self.pool is None:
+            return self.grid
+        t, h, w = self.grid
+        rows, columns = self.pool.grid(h // merge_size, w // merge_size)
+        return t, rows * merge_size, columns * merge_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +125,12 @@ class MediaOpener:
             return self._patches(np.repeat(frame[None], config.temporal_patch_size, axis=0))
 
         grid = (1, height // config.patch_size, width // config.patch_size)
-        return Opened(part, "image", size, grid, (), None, load)
+        return Opened(part, "image", size, grid, (), None, load, pool=Pool.of(part))
 
     def _open_video(self, part: dict) -> Opened:
-        config, frames = self.video, self._frames_of(part)
-        height, width = self.generation.video_size(
+        config, frames, pool = self.video, self._frames_of(part), Pool.of(part)
+        height, width = sampling.pooled_size(
+            self.generation.video_size,
             len(frames.times),
             *frames.size,
             factor=config.factor,
@@ -126,6 +138,7 @@ class MediaOpener:
             cap_tokens=config.cap_tokens,
             max_frame_tokens=part.get("max_frame_tokens"),
             max_video_tokens=part.get("max_video_tokens"),
+            pool=pool.side if pool else 1,
             **_pixel_bounds(part, config),
         )
         times = sampling.group_times(frames.times, config.temporal_patch_size)
@@ -140,7 +153,7 @@ class MediaOpener:
             return self._patches(clip)
 
         grid = (len(times), height // config.patch_size, width // config.patch_size)
-        return Opened(part, "video", frames.size, grid, times, self._steps(frames), load, frames.choice)
+        return Opened(part, "video", frames.size, grid, times, self._steps(frames), load, frames.choice, pool)
 
     def _frames_of(self, part: dict) -> _Frames:
         """The frames of a video that are looked at: chosen by a sampler, or by the caller."""

@@ -10,7 +10,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from qwenvl_jax.data.built import with_other_facts
 from qwenvl_jax.data.facts import facts_digest, measure_each
 from qwenvl_jax.data.failure import Failure, check_share
 from qwenvl_jax.data.packing import SampleFacts
+from qwenvl_jax.data.pooling import MAX_SIDE, METHODS
 from qwenvl_jax.data.sources import JoinedSources, Reading, Record, Source, Subset, open_source
 from qwenvl_jax.data.stream import Part
 from qwenvl_jax.errors import ConfigError, DataError
@@ -29,8 +30,8 @@ class MixturePart:
 
     Attributes:
       name: unique in the mixture; its shuffles follow from the run's seed and this name.
-      source: path of a JSONL file, of a folder of `data build`, several paths, or an object with `__len__` and
-        `__getitem__`.
+      source: path of a JSONL file, of a folder of `data build` or of tensorflow-datasets, several paths, or an object
+        with `__len__` and `__getitem__`.
       weight: its share of the stream, beside the weights of the others.
       final_weight: its weight at the end of the stage, reached in a straight line; None keeps `weight`.
       max_epochs: how often each of its samples is seen at most in the stage; then the others share the rest. None has
@@ -54,6 +55,9 @@ class MixturePart:
             raise ConfigError(f"part {self.name!r} of the mixture: max_samples={self.max_samples} must be at least 1.")
 
 
+_CAPS = ("max_video_tokens", "max_frame_tokens", "min_frame_tokens", "max_frames")
+
+
 @dataclasses.dataclass(frozen=True)
 class VideoBudget:
     """What a video of the data takes at most, where its record does not say.
@@ -64,17 +68,27 @@ class VideoBudget:
       min_frame_tokens: merged tokens of a temporal patch below which fewer frames are taken, not smaller ones; needs
         `max_video_tokens`.
       max_frames: frames of a video.
+      pool: side of the cells of merged tokens that become one, 1 for none; caps in tokens count those after it.
+      pool_method: "bilinear" or "mean"; see `qwenvl_jax.data.pooling`.
     """
 
     max_video_tokens: int | None = None
     max_frame_tokens: int | None = None
     min_frame_tokens: int | None = None
     max_frames: int | None = None
+    pool: int = 1
+    pool_method: Literal["bilinear", "mean"] = "bilinear"
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
+        for name in (*_CAPS, "pool"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"video_budget.{name}={value} must be at least 1.")
+        if self.pool > MAX_SIDE or self.pool_method not in METHODS:
+            raise ConfigError(
+                f"video_budget.pool={self.pool} must be at most {MAX_SIDE}, and video_budget.pool_method="
+                f"{self.pool_method!r} one of {', '.join(METHODS)}."
+            )
         if self.min_frame_tokens and not self.max_video_tokens:
             raise ConfigError("video_budget.min_frame_tokens needs video_budget.max_video_tokens; set both or neither.")
         if self.min_frame_tokens and self.min_frame_tokens > (self.max_video_tokens or 0):
@@ -136,6 +150,8 @@ class MixtureReader:
         frame_rates: Sequence[float] = (),
         budget: VideoBudget = VideoBudget(),
         modality_weights: Sequence[tuple[str, float]] = (),
+        measure_at_most: int | None = None,
+        remote_media: tuple[str, ...] = (),
         say: Callable[[str], None] = lambda line: None,
     ) -> Mixture:
         """Reads the parts of a mixture.
@@ -148,6 +164,8 @@ class MixtureReader:
           budget: of videos.
           modality_weights: shares of the modalities, divided among the parts of each by their weights; none leaves the
             weights of the parts as they are.
+          measure_at_most: see `at_most` of `qwenvl_jax.data.facts.measure_each`; holds for each part.
+          remote_media: beginnings of the addresses that media may be fetched from; see `Processor.from_pretrained`.
           say: told of what takes time, and of what surprises.
 
         Raises:
@@ -162,8 +180,9 @@ class MixtureReader:
         failures: list[Failure] = []
         empty: list[tuple[MixturePart, list[Failure]]] = []
         samples, lowered = 0, 0
+        processor = self._processor.fetching(remote_media) if remote_media else self._processor
         for part, (weight, final) in zip(parts, weights, strict=True):
-            measured = self._measure(part, hms_share, tuple(frame_rates), budget, say)
+            measured = self._measure(part, processor, hms_share, tuple(frame_rates), budget, measure_at_most, say)
             table, used, failed, changed = _fitting(measured, misfit)
             failures += failed
             samples += len(measured.table)
@@ -181,22 +200,35 @@ class MixtureReader:
         source = sources[0] if len(sources) == 1 else JoinedSources(sources)
         return Mixture(source, tuple(facts), tuple(found), tuple(failures), samples, lowered)
 
-    def _measure(self, part: MixturePart, hms_share: float, rates: tuple[float, ...], budget: VideoBudget, say):
+    def _measure(
+        self,
+        part: MixturePart,
+        processor,
+        hms_share: float,
+        rates: tuple[float, ...],
+        budget: VideoBudget,
+        at_most,
+        say,
+    ):
         source = part.source
         if not isinstance(source, str | tuple):
             source = tuple(source) if isinstance(source, list) else id(source)
         some = None if part.max_samples is None else (part.max_samples, part.name)
-        name = (source, part.format, hms_share, some, rates, budget)
+        name = (source, part.format, hms_share, some, rates, budget, processor.opener.remote)
         if name not in self._measured:
             say(f"measuring {_called(part)}")
-            reading = Reading.of(self._processor, format=part.format, hms_share=hms_share, seed=self._seed)
+            reading = Reading.of(processor, format=part.format, hms_share=hms_share, seed=self._seed)
             records = open_source(part.source, reading)
             for folder in with_other_facts(records, self._key):
                 say(f"{folder} was built for another processor, so its samples are measured again")
             if part.max_samples is not None and part.max_samples < len(records):
                 records = Subset(records, _drawn(len(records), part, self._seed).tolist())
             at_rates = AtRates(records, rates, budget)
-            entries = measure_each(at_rates, self._processor, processor_key=self._key, cache=_beside(part.source))
+            beside = _beside(part.source)
+            try:
+                entries = measure_each(at_rates, processor, processor_key=self._key, cache=beside, at_most=at_most)
+            except DataError as error:
+                raise DataError(f"{_called(part)}: {error}") from error
             self._measured[name] = _Measured(at_rates, at_rates.table, entries)
         return self._measured[name]
 
@@ -342,7 +374,7 @@ def _shown(message, rate: float | None, budget: VideoBudget):
 def _with_limits(part, rate: float | None, budget: VideoBudget):
     if not _is_file(part):
         return part
-    limits = {name: value for name, value in dataclasses.asdict(budget).items() if value is not None}
+    limits: dict[str, Any] = {name: value for name in _CAPS if (value := getattr(budget, name)) is not None}
     bounded = any(part.get(key) is not None for key in ("min_pixels", "max_pixels", "max_frame_tokens"))
     if bounded or part.get("max_video_tokens") is not None:
         # It says how large it is: in pixels, which go with no bound in tokens, or in tokens.
@@ -353,6 +385,8 @@ def _with_limits(part, rate: float | None, budget: VideoBudget):
         limits.pop("max_frames", None)
     if rate is not None and _takes_rate(part):
         limits["fps"] = rate
+    if budget.pool > 1 and part.get("pool") is None:
+        limits |= {"pool": budget.pool, "pool_method": budget.pool_method}
     return {**part, **limits}
 
 

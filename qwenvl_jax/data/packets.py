@@ -13,6 +13,9 @@ import numpy as np
 # By codec, the kinds of units (NAL) at which decoding can begin whatever came before: IDR, and of HEVC CRA and BLA too.
 # The flag of a key frame is not enough. It also stands at the recovery points of H.264, and where a container says so.
 ENTRY_UNITS = {"h264": "5", "hevc": "16-21"}
+# By codec, the units that hold pictures, where a unit says that no other picture depends on its own. HEVC says so only
+# within a temporal layer, and a picture of a higher one may depend on it.
+PICTURE_UNITS = {"h264": "1-5"}
 
 _DISCARDED = 0x4  # packet flag: needed to decode others, but outside the edit list and never shown
 _KEY = 0x1
@@ -126,30 +129,39 @@ def runs_of(packets: Packets, keys: np.ndarray, wanted: np.ndarray) -> list[tupl
     return found
 
 
-def count_of(runs: list[tuple[int, int]]) -> int:
-    """How many packets runs have together."""
-    return sum(end - start + 1 for start, end in runs)
+def within_runs(packets: Packets, runs: list[tuple[int, int]]) -> np.ndarray:
+    """bool[m]: the packets that are decoded for runs.
+
+    Frames that follow a key frame in the file but are shown before it need what stood before it, and are left out.
+    """
+    kept = np.zeros(len(packets.sent), bool)
+    for start, end in runs:
+        kept[start : end + 1] = packets.shown[start : end + 1] >= packets.shown[start]
+    return kept
 
 
 def one_of(numbers: list[int], variable: str) -> str:
     """ffmpeg's expression for a variable being one of these, which rise: a search tree, since it refuses a sum of more
     than 100 terms.
     """
-    if len(numbers) == 1:
-        return f"eq({variable},{numbers[0]})"
-    half = len(numbers) // 2
-    left, right = one_of(numbers[:half], variable), one_of(numbers[half:], variable)
-    return f"if(lt({variable},{numbers[half]}),{left},{right})"
+    return _tree([(number, f"eq({variable},{number})") for number in numbers], variable)
 
 
-def in_runs(packets: Packets, runs: list[tuple[int, int]]) -> str:
-    """ffmpeg's expression for a packet that lies in one of these.
+def among(packets: Packets, kept: np.ndarray) -> str:
+    """ffmpeg's expression for a packet that is one of these.
 
-    Frames that follow a key frame in the file but are shown before it need what stood before it, and are left out.
+    Args:
+      kept: bool[m], at least one.
     """
-    if len(runs) == 1:
-        start, end = runs[0]
-        return f"between(dts,{packets.sent[start]},{packets.sent[end]})*gte(pts,{packets.shown[start]})"
-    half = len(runs) // 2
-    left, right = in_runs(packets, runs[:half]), in_runs(packets, runs[half:])
-    return f"if(lt(dts,{packets.sent[runs[half][0]]}),{left},{right})"
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], kept, [False]])))
+    spans = zip(packets.sent[edges[::2]].tolist(), packets.sent[edges[1::2] - 1].tolist(), strict=True)
+    return _tree([(first, f"between(dts,{first},{last})") for first, last in spans], "dts")
+
+
+def _tree(leaves: list[tuple[int, str]], variable: str) -> str:
+    """ffmpeg's expression that is, for each value of a variable, the last of these that begin at no more than it."""
+    if len(leaves) == 1:
+        return leaves[0][1]
+    half = len(leaves) // 2
+    left, right = _tree(leaves[:half], variable), _tree(leaves[half:], variable)
+    return f"if(lt({variable},{leaves[half][0]}),{left},{right})"

@@ -52,17 +52,22 @@ class BatchShape:
       groups: G, vision groups; the rows are divided evenly among them, in order.
       vision: for each length bucket (R, L): vision rows in a group, patch slots in a row. Empty for text alone; "auto"
         lets `qwenvl_jax.data.buckets` choose rows for the data.
+      pool_taps: Q, merged tokens that a pooled token is made of at most: 4 for "bilinear", p*p for "mean". 0 for data
+        without pooling. It stands in every batch, so that all have one shape.
     """
 
     rows: int = 8
     length: int = 1024
     groups: int = 1
     vision: VisionShape | Literal["auto"] = ()
+    pool_taps: int = 0
 
     def __post_init__(self):
         for name in ("rows", "length", "groups"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"batch.{name}={getattr(self, name)} must be at least 1.")
+        if self.pool_taps < 0:
+            raise ConfigError(f"batch.pool_taps={self.pool_taps} must be 0 or more.")
         if self.rows % self.groups:
             raise ConfigError(f"batch.rows={self.rows} must be a multiple of batch.groups={self.groups}.")
         if self.vision == AUTO:
@@ -89,12 +94,14 @@ class SampleFacts:
       tokens: token slots that it takes.
       frames: patches of each frame (image, or temporal patch of a video), in order.
       loss_tokens: how many of its targets are learnt.
+      pool_taps: merged tokens that a pooled token of it is made of at most; 0 without pooling.
     """
 
     name: str
     tokens: int
     frames: tuple[int, ...] = ()
     loss_tokens: int = 1
+    pool_taps: int = 0
 
 
 def check_fits(facts: Iterable[SampleFacts], shape: BatchShape) -> None:
@@ -122,6 +129,11 @@ def misfit(sample: SampleFacts, shape: BatchShape) -> str | None:
         )
     if not sample.loss_tokens:
         return "teaches nothing: no token of it is the assistant's; give it an assistant turn, or remove it."
+    if sample.pool_taps > shape.pool_taps:
+        return (
+            f"has images or videos pooled from {sample.pool_taps} merged tokens to one, but batch.pool_taps="
+            f"{shape.pool_taps}; raise batch.pool_taps, or pool less."
+        )
     if not sample.frames or shape.vision == AUTO:
         return None
     if not shape.buckets:

@@ -42,7 +42,7 @@ class Loaded:
     Attributes:
       id: its name.
       sample: tokens and patches.
-      digest: sha256 of its tokens, targets, weights and pixels.
+      digest: sha256 of its tokens, targets, weights and pixels, and how they are pooled.
     """
 
     id: str
@@ -140,6 +140,9 @@ class SampleCache:
         digest = hashlib.sha256()
         for array in (sample.tokens, sample.targets, sample.loss_weights, *patches):
             digest.update(np.ascontiguousarray(array).data)
+        pools = [medium.pool for medium in sample.media]
+        if any(pools):
+            digest.update(repr(pools).encode())
         return Loaded(record.id, sample, digest.digest()), keys, patches
 
 
@@ -231,6 +234,7 @@ class BatchLoader:
             length=shape.length,
             groups=self._groups,
             vision_shape=shape.buckets,
+            pool_taps=shape.pool_taps,
             **self._fixed,
         )
         state = json.dumps(self.plan.state(step + 1))

@@ -23,7 +23,7 @@ from qwenvl_jax.data.media import MediaOpener, Opened
 from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.data.settings import Settings, media_config
 from qwenvl_jax.data.times import check_time_format, time_text
-from qwenvl_jax.errors import CheckpointError, ConversationError, MediaError
+from qwenvl_jax.errors import CheckpointError, ConversationError, DataError, MediaError
 
 _IMAGE_PAD, _VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 _VISION_START, _VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -124,6 +124,14 @@ class Processor:
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
+    def fetching(self, remote_media: Sequence[str]) -> "Processor":
+        """The same processor with other `remote_media`; see `from_pretrained`.
+
+        Raises:
+          ConfigError: they are no beginnings of addresses.
+        """
+        return Processor(self._settings, remote_media)
+
     def save_pretrained(self, folder: str | Path):
         """Writes the files that `from_pretrained` reads, here and in transformers; `folder` is made if missing."""
         self._settings.write(Path(folder))
@@ -212,7 +220,7 @@ class Processor:
         opened = self._open(conversation)
         sample = self._tokens(conversation, opened, add_generation_prompt, tools, chat_template_kwargs, time_format)
         read = read or (lambda part, load: load())
-        media = tuple(Media(kind=o.kind, patches=read(o.part, o.load), grid=o.grid, times=o.times) for o in opened)
+        media = tuple(Media(o.kind, read(o.part, o.load), o.grid, o.times, o.pool) for o in opened)
         return dataclasses.replace(sample, media=media)
 
     def measure(
@@ -261,6 +269,9 @@ class Processor:
 
         Returns:
           f32[N, 3*tau*P*P].
+
+        Raises:
+          DataError: the batch pools media, which the reference does not.
         """
         merged, is_video = self._merged_in_order(batch)
         if not len(merged):
@@ -276,7 +287,11 @@ class Processor:
         return np.stack([table[c][values[:, c]] for c in range(3)], axis=1).reshape(-1, self.patch_dim)
 
     def grids(self, batch: Batch) -> np.ndarray:
-        """i64[n, 3]: (t, h, w) in patches of the images of a batch, then of its videos, each in reading order."""
+        """i64[n, 3]: (t, h, w) in patches of the images of a batch, then of its videos, each in reading order.
+
+        Raises:
+          DataError: the batch pools media, and does not tell.
+        """
         merged, is_video = self._merged_in_order(batch)
         found = []
         if len(merged):
@@ -295,6 +310,11 @@ class Processor:
 
     def _merged_in_order(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """i64[M, 2], group and merged token of each vision token in reading order; bool[M], whether it is of video."""
+        if batch.pool_index is not None:
+            raise DataError(
+                "the batch pools images or videos, whose patches cannot be told from it one by one; make it without "
+                "pool to compare it with the reference."
+            )
         index_BT = np.asarray(batch.vision_index)
         row, slot = np.nonzero(index_BT >= 0)
         groups = len(batch.vision[0].patches) if batch.vision else 1
@@ -353,7 +373,7 @@ class Processor:
             tokens=tokens,
             positions=positions.mrope_positions(
                 kinds,
-                [one.grid for one in opened if one.kind == "image"],
+                [one.shown_grid(self.merge_size) for one in opened if one.kind == "image"],
                 [grid for one in videos for grid in self._runs(one)],
                 merge_size=self.merge_size,
                 video_steps=[one.steps for one in videos for _ in self._runs(one)],
@@ -365,10 +385,11 @@ class Processor:
         )
 
     def _runs(self, one: Opened) -> list[tuple[int, int, int]]:
-        """The grids of the runs of vision tokens that a medium becomes, in patches."""
+        """The grids of the runs of vision tokens that a medium becomes, in patches; see `Opened.shown_grid`."""
+        grid = one.shown_grid(self.merge_size)
         if one.kind == "video" and self.generation.written_times:
-            return positions.split_frames([one.grid])
-        return [one.grid]
+            return positions.split_frames([grid])
+        return [grid]
 
     def _place_media(self, text: str, opened: list[Opened], time_format: str) -> str:
         """Puts a placeholder for each run of vision, after its time if that is written, where the template left one for

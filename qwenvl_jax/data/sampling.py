@@ -6,7 +6,9 @@ does. (The processors of transformers take every frame of a Qwen2-VL or Qwen2.5-
 set; with it set and `fps=2` they choose what the dialect "transformers" chooses here.)
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -264,6 +266,59 @@ def frame_size(
     return size
 
 
+def pooled_size(
+    rule: Callable[..., tuple[int, int]],
+    n_frames: int,
+    height: int,
+    width: int,
+    *,
+    pool: int,
+    factor: int,
+    temporal_factor: int,
+    max_frame_tokens: int | None = None,
+    max_video_tokens: int | None = None,
+    **bounds: int | None,
+) -> tuple[int, int]:
+    """Height and width of frames whose merged tokens are pooled: what was asked for in tokens counts those after it.
+
+    Without `max_frame_tokens` and `max_video_tokens` it is what the rule gives without pooling, which counts pixels.
+
+    Args:
+      rule: `clip_size` or `frame_size`, which takes the other arguments.
+      pool: side of a cell, in merged tokens; 1 for no pooling.
+
+    Raises:
+      MediaError: as the rule.
+    """
+    call = functools.partial(rule, n_frames, height, width, factor=factor, temporal_factor=temporal_factor, **bounds)
+    asked = _token_share(n_frames, temporal_factor, max_frame_tokens, max_video_tokens)
+    if asked is None or pool == 1:
+        return call(max_frame_tokens=max_frame_tokens, max_video_tokens=max_video_tokens)
+    groups, share = -(-n_frames // temporal_factor), asked * pool**2
+    while True:
+        # Both caps come to the same share, and each does what it does to the other bounds.
+        try:
+            size = call(
+                max_frame_tokens=None if max_frame_tokens is None else share,
+                max_video_tokens=None if max_video_tokens is None else share * groups,
+            )
+        except _TooLarge as error:
+            raise _TooLarge(
+                f"frames have more tokens at the smallest size that keeps their shape, pooled {pool} x {pool}, than "
+                f"the {asked} that max_frame_tokens or max_video_tokens leaves each; raise it, pool more, or take "
+                "fewer frames."
+            ) from error
+        rows, columns = size[0] // factor, size[1] // factor
+        if -(-rows // pool) * -(-columns // pool) <= asked:
+            return size
+        # Cells at the edges that are not full count like full ones: the next smaller size.
+        share = rows * columns - 1
+
+
+class _TooLarge(MediaError):
+    """More tokens than asked for, even when frames are as small as they can be."""
+
+
 def _token_share(
     n_frames: int, temporal_factor: int, max_frame_tokens: int | None, max_video_tokens: int | None
 ) -> int | None:
@@ -289,7 +344,7 @@ def _check_share(height: int, width: int, factor: int, asked: int | None):
     """Raises MediaError if a frame of this size has more merged tokens than were asked for."""
     tokens = (height // factor) * (width // factor)
     if asked is not None and tokens > asked:
-        raise MediaError(
+        raise _TooLarge(
             f"frames have {tokens} tokens at the smallest size that keeps their shape, more than the {asked} that "
             "max_frame_tokens or max_video_tokens leaves each; raise it, or take fewer frames."
         )

@@ -45,7 +45,7 @@ def draw(seen: Preview, out: str | Path) -> Path:
         of = "" if len(shown) == n else f" ({len(shown)} of them shown)"
         t, h, w = seen.opened.grid
         above.suptitle(
-            f"{seen.info.path.name}: {n} frames{of}, {t} x {h} x {w} patches, {seen.tokens:,} tokens", fontsize=10
+            f"{Path(seen.info.name).name}: {n} frames{of}, {t} x {h} x {w} patches, {seen.tokens:,} tokens", fontsize=10
         )
         panels = above.subplots(rows, COLUMNS, squeeze=False).ravel()
         for panel in panels:

@@ -100,53 +100,68 @@ class JsonlSource:
     Args:
       path: of the file.
       reading: how its records become conversations.
+      places: of its lines, if they were looked up before, in this process or another.
 
     Raises:
       DataError: the file is missing, cannot be read or has no records; a line is not a record (raised on access,
         naming file and line).
     """
 
-    def __init__(self, path: str | os.PathLike, reading: Reading = Reading()):
+    def __init__(self, path: str | os.PathLike, reading: Reading = Reading(), places: np.ndarray | None = None):
         self.path, self._reading = Path(path), reading
-        offsets, numbers, offset = [], [], 0
-        try:
-            with self.path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        offsets.append(offset)
-                        numbers.append(number)
-                    offset += len(line)
-        except OSError as error:
-            raise DataError(
-                f"data file {self.path} cannot be read ({error.strerror}); give a JSONL file of records "
-                '{"id": ..., "messages": [...]}, one a line.'
-            ) from error
-        if not offsets:
-            raise DataError(
-                f'data file {self.path} holds no records; write one {{"id": ..., "messages": [...]}} a line.'
-            )
-        self._offsets, self._numbers = np.asarray(offsets, np.int64), np.asarray(numbers, np.int64)
+        self.places = _places(self.path) if places is None else places  # i64[n, 2]: offset, number of the line
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> Record:
-        place = functools.partial(join, self.path.parent)
+        place = functools.partial(join, self.base)
         return read_record(self.text(index), self.where(index), index, place, self._reading)
 
     def text(self, index: int) -> bytes:
         """A record as it is written."""
         with self.path.open("rb") as file:
-            file.seek(int(self._offsets[index]))
+            file.seek(int(self.places[index, 0]))
             return file.readline().strip()
 
     def where(self, index: int) -> str:
         """File and line of a record."""
-        return f"{self.path}:{self._numbers[index]}"
+        return f"{self.path}:{self.places[index, 1]}"
+
+    @property
+    def base(self) -> Path:
+        """What media paths in records are relative to."""
+        return self.path.parent
+
+    @property
+    def state_file(self) -> Path:
+        """What is written anew when the records are."""
+        return self.path
+
+
+def _places(path: Path) -> np.ndarray:
+    """i64[n, 2]: where each line that holds something begins, in bytes, and its number, from 1."""
+    places, offset = [], 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    places.append((offset, number))
+                offset += len(line)
+    except OSError as error:
+        raise DataError(
+            f"data file {path} cannot be read ({error.strerror}); give a JSONL file of records "
+            '{"id": ..., "messages": [...]}, one a line.'
+        ) from error
+    if not places:
+        raise DataError(f'data file {path} holds no records; write one {{"id": ..., "messages": [...]}} a line.')
+    return np.asarray(places, np.int64)
 
 
 class ObjectSource:
-    """Records of any object with `__len__` and `__getitem__`; media paths are used as they are."""
+    """Records of any object with `__len__` and `__getitem__`, a data source of tensorflow-datasets for instance; media
+    paths are used as they are.
+    """
 
     def __init__(self, items, reading: Reading = Reading()):
         if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
@@ -163,7 +178,12 @@ class ObjectSource:
 
     def __getitem__(self, index: int) -> Record:
         where = f"{type(self._items).__name__}[{index}]"
-        return read_record(self._items[index], where, index, None, self._reading)
+        item = self._items[index]
+        if hasattr(self._items, "dataset_info"):
+            from qwenvl_jax.data.tfds_source import features_of, to_record
+
+            item = to_record(item, features_of(self._items))
+        return read_record(item, where, index, None, self._reading)
 
 
 class JoinedSources:
@@ -177,9 +197,14 @@ class JoinedSources:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Record:
+        source, number = self.locate(index)
+        return source[number]
+
+    def locate(self, index: int) -> tuple[Any, int]:
+        """The source that a record comes from, and its number there."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         begin = int(self._ends[number - 1]) if number else 0
-        return self.sources[number][index - begin]
+        return self.sources[number], index - begin
 
 
 class Subset:
@@ -200,10 +225,12 @@ class Subset:
 
 
 def open_source(source, reading: Reading = Reading()) -> Source:
-    """Opens a JSONL file or a built data set by its path, several by a tuple or list of paths, or wraps an object.
+    """Opens a JSONL file, a built data set or one of tensorflow-datasets by its path, several by a tuple or list of
+    paths, or wraps an object.
 
     Raises:
-      DataError: see `JsonlSource`, `qwenvl_jax.data.built.BuiltSource` and `ObjectSource`.
+      DataError: see `JsonlSource`, `qwenvl_jax.data.built.BuiltSource`, `qwenvl_jax.data.tfds_source.TfdsSource` and
+        `ObjectSource`.
     """
     if isinstance(source, str | os.PathLike):
         return _open_path(source, reading)
@@ -215,9 +242,11 @@ def open_source(source, reading: Reading = Reading()) -> Source:
 def _open_path(path: str | os.PathLike, reading: Reading) -> Source:
     if not os.path.isdir(path):
         return JsonlSource(path, reading)
-    from qwenvl_jax.data.built import BuiltSource
+    # Both read sources by what is above.
+    from qwenvl_jax.data.built import BuiltSource, is_foreign
+    from qwenvl_jax.data.tfds_source import TfdsSource
 
-    return BuiltSource(path, reading)
+    return TfdsSource(Path(path), reading) if is_foreign(path) else BuiltSource(path, reading)
 
 
 def join(folder: Path, path: str | os.PathLike) -> str:

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,10 @@ FIGURES = {
     "video_patches": "patches of a video",
     "image_patches": "patches of an image",
 }
-_WHERE = re.compile(r"^(?:\S+\[\d+\], )?\S*:\d+: ")
+_WHERE = re.compile(r"^(?:\S+\[\d+\](?:, \S*:\d+)?|\S*:\d+): ")
 _FILE = re.compile(
     r"\S*/\S*[^\s:;,)]|\b[\w-]+\.(?:mp4|mov|mkv|webm|avi|ts|gif|png|jpe?g|webp|bmp|tiff?)\b", re.IGNORECASE
 )
-_PLOTTED = ("tokens", "learnt", "duration", "source_fps", "frames", "video_patches")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ def show(source: str, *, model: str | None = None, as_json: bool = False, out: s
     Args:
       source: a JSONL file, or a data set that `data build` made.
       model: see `named_processor`.
-      out: file to draw histograms into; its ending says in which format.
+      out: file to draw histograms and reasons of failures into; its ending says in which format.
 
     Raises:
       ConfigError: a picture that cannot be drawn.
@@ -185,23 +185,96 @@ def _short(number: float) -> str:
 
 
 def draw(stats: Stats, out: Path, source: str) -> None:
-    """Writes a picture of histograms."""
+    """Writes `figure_of` into a file."""
+    figure_of(stats, source).savefig(out)
+
+
+def figure_of(stats: Stats, source: str) -> Any:
+    """A figure of Matplotlib: a histogram for each name of `FIGURES`, and bars for the reasons why records fail."""
     import matplotlib.figure
 
+    reasons = list(stats.reasons().items())
+    shown = reasons[:_MOST_REASONS]
+    below = 0.7 + 0.22 * len(shown) if shown else 0.0
     with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 8}):
-        figure = matplotlib.figure.Figure(figsize=(10, 5.5), layout="constrained", dpi=110)
+        figure = matplotlib.figure.Figure(figsize=(12, 5.2 + below), layout="constrained", dpi=110)
         failed = f", {len(stats.failures):,} of them not usable" if stats.failures else ""
         figure.suptitle(f"{Path(source).name}: {stats.records:,} records{failed}", fontsize=10)
-        panels = figure.subplots(2, 3).ravel().tolist()
-        for panel, name in zip(panels, _PLOTTED, strict=True):
-            values = stats.values[name]
-            panel.set_title(FIGURES[name], fontsize=8)
+        parts = figure.subfigures(2 if shown else 1, 1, squeeze=False, height_ratios=[5.2, below] if shown else [1])
+        panels = parts[0, 0].subplots(2, 4).ravel()
+        for panel, (name, called) in zip(panels, FIGURES.items(), strict=True):
+            panel.set_title(called, fontsize=8)
             panel.spines[["top", "right"]].set_visible(False)
-            if len(values):
-                panel.hist(values, bins=min(40, max(5, len(values))), color="#3457d5")
-                panel.axvline(float(np.median(values)), color="#e4572e", linewidth=0.8, label="median")
-                panel.legend(fontsize=7, frameon=False)
-            else:
-                panel.set_axis_off()
-                panel.text(0.5, 0.5, "none", ha="center", va="center", transform=panel.transAxes)
-        figure.savefig(out)
+            _draw_values(panel, stats.values[name], _counted(name))
+        if shown:
+            left_out = len(reasons) - len(shown)
+            _draw_reasons(parts[1, 0].subplots(), shown, f" (the most frequent; {left_out} more)" if left_out else "")
+    return figure
+
+
+_MOST_REASONS = 8  # the table has them all
+
+
+def _counted(name: str) -> str:
+    """Of what there is a figure of this name each."""
+    return "images" if name == "image_patches" else "records" if name in ("tokens", "learnt", "turns") else "videos"
+
+
+def _draw_values(panel: Any, values: np.ndarray, counted: str) -> None:
+    if not len(values):
+        panel.set_axis_off()
+        panel.text(0.5, 0.5, "none", ha="center", va="center", transform=panel.transAxes)
+        return
+    kinds, counts = np.unique(values, return_counts=True)
+    if len(kinds) <= _FEW_KINDS:
+        # Frame rates, say: bars side by side, for some are so near to each other that they would be one.
+        panel.bar(range(len(kinds)), counts, color=_BLUE, width=0.7)
+        panel.set_xticks(range(len(kinds)), [_short(kind) for kind in kinds])
+        panel.set_xlim(-0.7, max(len(kinds), 4) - 0.3)
+    else:
+        wide = values.min() > 0 and values.max() > _WIDE * np.median(values)
+        if wide:
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:,g}")
+        panel.hist(values, bins=_edges(values, wide), color=_BLUE)
+        for value, called, colour in (
+            (np.median(values), "median", "#e4572e"),
+            (np.percentile(values, 90), "90 %", "#8a8a8a"),
+        ):
+            panel.axvline(float(value), color=colour, linewidth=1, label=f"{called} {_short(float(value))}")
+        panel.legend(fontsize=7, frameon=False)
+        panel.set_ylim(0, 1.25 * panel.get_ylim()[1])  # room for it
+    panel.set_ylabel(counted, fontsize=7)
+    panel.yaxis.get_major_locator().set_params(integer=True)
+
+
+_BLUE = "#3457d5"
+_FEW_KINDS, _WIDE, _BINS = 10, 20, 40
+
+
+def _edges(values: np.ndarray, wide: bool) -> np.ndarray:
+    """Edges of bins; of whole numbers each bin holds as many, so that no gap shows where there is none."""
+    low, high = float(values.min()), float(values.max())
+    bins = min(_BINS, max(5, len(values)))
+    if wide:
+        return np.geomspace(low, high, bins + 1)
+    if (values == values.round()).all():
+        step = max(1, math.ceil((high - low + 1) / bins))
+        return np.arange(low, high + step + 1, step) - 0.5
+    return np.linspace(low, high, bins + 1)
+
+
+def _draw_reasons(panel: Any, reasons: list[tuple[str, int]], note: str) -> None:
+    panel.set_title(f"why records cannot be used{note}", fontsize=8)
+    counts = [count for _, count in reasons]
+    panel.barh(range(len(reasons)), counts, color="#e4572e", height=0.7)
+    for place, (reason, count) in enumerate(reasons):
+        text = reason if len(reason) <= _LONGEST else f"{reason[: _LONGEST - 3]}..."
+        panel.text(count, place, f"  {count:,}  {text}", va="center", fontsize=7)
+    # Room for the texts.
+    panel.set_xlim(0, max(counts) * 4)
+    panel.invert_yaxis()
+    panel.set_axis_off()
+
+
+_LONGEST = 150

@@ -5,8 +5,9 @@ its presentation time. Files are not trusted (`qwenvl_jax.data.ffmpeg_child`); a
 frame, so that nothing is allocated on a file's word.
 
 Frames that lie far apart are decoded without those between: listings tell the key frame that each depends on, and the
-packets in between are dropped before the decoder. A frame is handed on only if it came at its own time and without
-complaint; at the first doubt the file is decoded as a whole, as it is where many frames are wanted.
+packets in between are dropped before the decoder. Where many are wanted, those of H.264 are dropped that are not wanted
+and that no other frame depends on. A frame is handed on only if it came at its own time and without complaint; at the
+first doubt the file is decoded as a whole.
 """
 
 import dataclasses
@@ -31,15 +32,16 @@ from qwenvl_jax.data.files import LocalFile, local_file
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packets import (
     ENTRY_UNITS,
+    PICTURE_UNITS,
     Listing,
     Packets,
-    count_of,
-    in_runs,
+    among,
     one_of,
     packets_of,
     read_listing,
     runs_of,
     shown_times,
+    within_runs,
 )
 from qwenvl_jax.errors import MediaError
 
@@ -47,6 +49,9 @@ MAX_SELECTED = 8192  # beyond as many frames the filter's expression gets long, 
 # Frames are decoded without those between if they are no more than this, and need at most this share of the packets.
 MAX_SPARSE = 1024
 SPARSE_SHARE = 0.5
+# It takes a look at the whole file to tell which frames no other depends on: so many pixels must be decoded for frames
+# that are not wanted, about a quarter of a second's work.
+LEAST_SPARED_PIXELS = 1 << 27
 _SHOWN = re.compile(r"\] n: *\d+ pts: *(-?\d+|NOPTS) .*? s:(\d+)x(\d+) ")
 
 # Probes of one file follow each other: to measure it, and to decode it. A clip of a minute takes 100 kB.
@@ -231,7 +236,7 @@ def read_frames(info: VideoInfo, indices: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def skip_through(info: VideoInfo, wanted: np.ndarray) -> Iterator[np.ndarray]:
-    """Frames that lie far apart, decoded without most of those between; ends early where that is not sure or no gain.
+    """Frames decoded without others that they do not depend on; ends early where that is not sure or no gain.
 
     Args:
       wanted: i64[k], rising.
@@ -239,11 +244,11 @@ def skip_through(info: VideoInfo, wanted: np.ndarray) -> Iterator[np.ndarray]:
     Yields:
       u8[H, W, 3] RGB; each came at its time, and of nothing before it did ffmpeg complain.
     """
-    runs = _sparse_runs(info, wanted)
-    if not runs or info.packets is None:
+    kept = _needed_packets(info, wanted)
+    if kept is None or info.packets is None:
         return
     # Matroska does not tell when its first packets are decoded: the listing guesses, and the first few are decoded too.
-    within = f"eq(dts,nopts)+{in_runs(info.packets, runs)}"
+    within = f"eq(dts,nopts)+{among(info.packets, kept)}"
     select = one_of(info.ticks[wanted].tolist(), "pts")
     arguments = command(
         info.path, packets=within, select=select, format="rawvideo", pix_fmt="rgb24", **keep_timestamps()
@@ -263,24 +268,49 @@ def skip_through(info: VideoInfo, wanted: np.ndarray) -> Iterator[np.ndarray]:
             yield np.frombuffer(data, np.uint8).reshape(info.height, info.width, 3)
 
 
-def _sparse_runs(info: VideoInfo, wanted: np.ndarray) -> list[tuple[int, int]]:
-    """The stretches of packets to decode for some frames; none where that is not known, or not much less than all."""
+def _needed_packets(info: VideoInfo, wanted: np.ndarray) -> np.ndarray | None:
+    """bool[m]: the packets to decode for some frames; None where that is not known, or where it is all of them."""
     packets = info.packets
-    if packets is None or len(wanted) > MAX_SPARSE or not knows_packets():
-        return []
-    runs = runs_of(packets, packets.flagged, wanted)
-    if not runs or count_of(runs) > SPARSE_SHARE * len(packets.sent):
-        return []
-    units = {"bsf:v": f"filter_units=pass_types={ENTRY_UNITS[packets.codec]}"}
+    if packets is None or not knows_packets() or len(wanted) > MAX_SELECTED:
+        return None
+    far_apart = _from_key_frames(info, packets, wanted)
+    upto = np.arange(len(packets.sent)) <= packets.place[wanted].max()
+    kept = upto if far_apart is None else far_apart
+    spared = (int(kept.sum()) - len(wanted)) * info.height * info.width
+    if packets.codec not in PICTURE_UNITS or spared < LEAST_SPARED_PIXELS:
+        return far_apart
+    needed = _packets_with(info, packets, f"pass_types={PICTURE_UNITS[packets.codec]}:discard=nonref")
+    if needed is None:
+        return far_apart
+    needed[packets.place[wanted]] = True
+    return kept & needed
+
+
+def _from_key_frames(info: VideoInfo, packets: Packets, wanted: np.ndarray) -> np.ndarray | None:
+    """bool[m]: the packets from key frames to frames that lie far apart; None where they are not much less than all."""
+    most = SPARSE_SHARE * len(packets.sent)
+    if len(wanted) > MAX_SPARSE:
+        return None
+    flagged = within_runs(packets, runs_of(packets, packets.flagged, wanted))
+    if not 0 < flagged.sum() <= most:
+        return None
+    entries = _packets_with(info, packets, f"pass_types={ENTRY_UNITS[packets.codec]}")
+    if entries is None:
+        return None
+    kept = within_runs(packets, runs_of(packets, np.flatnonzero(entries), wanted))
+    return kept if 0 < kept.sum() <= most else None
+
+
+def _packets_with(info: VideoInfo, packets: Packets, units: str) -> np.ndarray | None:
+    """bool[m]: the packets of which ffmpeg's `filter_units` leaves something; None where it fails."""
+    arguments = command(info.path, format="framecrc", c="copy", **{"bsf:v": f"filter_units={units}"})
     try:
-        with Child(command(info.path, format="framecrc", c="copy", **units), info.name) as child:
+        with Child(arguments, info.name) as child:
             listing = child.stdout.read(MAX_LISTING_BYTES).decode("ascii", "replace")
             child.finish()
     except MediaError:  # decoding the whole will tell whether it matters
-        return []
-    entries = [dts for dts in read_listing(listing).sent if dts is not None]
-    runs = runs_of(packets, np.flatnonzero(np.isin(packets.sent, entries)), wanted)
-    return runs if count_of(runs) <= SPARSE_SHARE * len(packets.sent) else []
+        return None
+    return np.isin(packets.sent, [dts for dts in read_listing(listing).sent if dts is not None])
 
 
 def stream_through(info: VideoInfo, wanted: np.ndarray) -> Iterator[np.ndarray]:

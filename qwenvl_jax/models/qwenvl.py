@@ -125,24 +125,42 @@ class QwenVL(nnx.Module):
         deepstack: tuple[int, Callable | None] = (0, None)
         if batch.vision:
             merged, deep = self.encode(batch, **scan)
-            x_BTH = _at_vision(x_BTH, merged, batch.vision_index, otherwise=x_BTH)
+            x_BTH = _at_vision(x_BTH, merged, batch, otherwise=x_BTH)
             if deep is not None:
 
                 def add(x, k):
                     features = jax.lax.dynamic_index_in_dim(deep, k, 0, keepdims=False)
-                    return x + _at_vision(x, features, batch.vision_index, otherwise=jnp.zeros_like(x))
+                    return x + _at_vision(x, features, batch, otherwise=jnp.zeros_like(x))
 
                 deepstack = (deep.shape[0], add)
         cos, sin = self._cos_sin(batch.positions)
         return self.text(x_BTH, cos, sin, batch.segment_ids, deepstack, **scan)
 
 
-def _at_vision(x_BTH, features_GMH, index_BT, otherwise):
+def _at_vision(x_BTH, features_GMH, batch: Batch, otherwise):
     """Returns [B, T, H]: at each vision token the feature of its own group, elsewhere `otherwise`.
+
+    A pooled token has the weighted sum of several, in f32.
+    """
+    if batch.pool_index is None or batch.pool_weights is None:
+        picked_BTH = _gather(features_GMH, batch.vision_index)
+    else:
+
+        def add(sum_BTH, tap):
+            index_BT, weights_BT = tap
+            return sum_BTH + weights_BT[..., None] * _gather(features_GMH, index_BT).astype(jnp.float32), None
+
+        # One at a time, since all of them together would take Q times the memory of the hidden states.
+        taps_QBT = (jnp.moveaxis(batch.pool_index, -1, 0), jnp.moveaxis(batch.pool_weights, -1, 0))
+        picked_BTH, _ = jax.lax.scan(add, jnp.zeros(x_BTH.shape, jnp.float32), taps_QBT)
+    return jnp.where((batch.vision_index >= 0)[..., None], picked_BTH.astype(x_BTH.dtype), otherwise)
+
+
+def _gather(features_GMH, index_BT):
+    """Returns [B, T, H], the features at these indices, the first where they are negative.
 
     The gather stays within a group, so that under sharding no device reads another group's features.
     """
-    B, T, H = x_BTH.shape
     index_GT = index_BT.reshape(features_GMH.shape[0], -1)
     picked = jax.vmap(lambda features, index: jnp.take(features, jnp.maximum(index, 0), axis=0))(features_GMH, index_GT)
-    return jnp.where((index_BT >= 0)[..., None], picked.reshape(B, T, H).astype(x_BTH.dtype), otherwise)
+    return picked.reshape(*index_BT.shape, features_GMH.shape[-1])

@@ -11,13 +11,24 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from qwenvl_jax.config import QwenVLConfig
+from qwenvl_jax.data.facts import MEASURE_AT_MOST
 from qwenvl_jax.data.mixture import MixturePart, VideoBudget
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.errors import ConfigError
 
 # Settings that say how a run is carried out, not what it computes.
 RUNTIME_FIELDS = frozenset(
-    {"cache_bytes", "cache_dir", "threads", "workers", "prefetch", "worker_timeout", "keep_checkpoints", "max_failed"}
+    {
+        "cache_bytes",
+        "cache_dir",
+        "threads",
+        "workers",
+        "prefetch",
+        "worker_timeout",
+        "keep_checkpoints",
+        "max_failed",
+        "measure_at_most",
+    }
 )
 
 
@@ -26,8 +37,8 @@ class DataConfig:
     """Where the samples of a stage come from and how they are read.
 
     Attributes:
-      source: path of a JSONL file of records or of a folder that `qwenvl-jax data build` made, several paths, or an
-        object with `__len__` and `__getitem__`.
+      source: path of a JSONL file of records, of a folder that `qwenvl-jax data build` made, or of another one of
+        tensorflow-datasets, several paths, or an object with `__len__` and `__getitem__`.
       format: of the records, one of those in docs/formats.md; "auto" tells them apart by their keys.
       mixture: several data sets in place of `source`, each with a weight; see `qwenvl_jax.data.mixture.MixturePart`.
       weigh_by: whether weights are shares of the samples or of the tokens.
@@ -36,6 +47,8 @@ class DataConfig:
       frame_rates: pairs (frames per second, weight), drawn anew for each sample in each epoch, for videos whose record
         gives neither `fps` nor `num_frames`; empty leaves them at the model's rate.
       video_budget: of videos whose record gives none; see `qwenvl_jax.data.mixture.VideoBudget`.
+      remote_media: beginnings of the addresses from which images and videos may be fetched, such as "gs://my-bucket/";
+        none are without. They are fetched anew each time they are needed.
       hms_share: from 0 to 1, the share of records that tell times as H:M:S; the others tell seconds.
       shuffle: whether each epoch has an order of its own, drawn from the run's seed.
       window: samples of the stream that a step chooses from when it is packed; 0 takes as many as would fill four
@@ -48,6 +61,8 @@ class DataConfig:
       worker_timeout: seconds without a batch after which workers count as hung and are replaced.
       max_failed: share of the samples that may fail (a damaged file, say) and be left out, each told and written to the
         run's `quarantine.jsonl`; with more the run stops.
+      measure_at_most: samples of a data set that are measured before the first step, where they bring no facts that
+        hold; with more the run is refused, for `qwenvl-jax data build` does it once and for all.
     """
 
     source: Any = ""
@@ -57,6 +72,7 @@ class DataConfig:
     modality_weights: tuple[tuple[str, float], ...] = ()
     frame_rates: tuple[tuple[float, float], ...] = ()
     video_budget: VideoBudget = dataclasses.field(default_factory=VideoBudget)
+    remote_media: tuple[str, ...] = ()
     hms_share: float = 0.0
     shuffle: bool = True
     window: int = 0
@@ -67,12 +83,15 @@ class DataConfig:
     prefetch: int = 2
     worker_timeout: float = 600.0
     max_failed: float = 0.02
+    measure_at_most: int = MEASURE_AT_MOST
 
     def __post_init__(self):
         if not self.worker_timeout > 0:
             raise ConfigError(f"data.worker_timeout={self.worker_timeout} must be more than 0 seconds.")
         if not 0 <= self.max_failed <= 1:
             raise ConfigError(f"data.max_failed={self.max_failed} must be a share, from 0 to 1.")
+        if self.measure_at_most < 0:
+            raise ConfigError(f"data.measure_at_most={self.measure_at_most} must be at least 0.")
         if self.mixture and (self.source != "" or self.format != "auto"):
             raise ConfigError("data.source and data.format belong to one data set; in a mixture each part has its own.")
         for name in ("modality_weights", "frame_rates"):

@@ -99,6 +99,8 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
                 frame_rates=[rate for rate, _ in data.frame_rates],
                 budget=data.video_budget,
                 modality_weights=data.modality_weights,
+                measure_at_most=data.measure_at_most,
+                remote_media=data.remote_media,
                 say=functools.partial(_say_of, stage, say),
             )
             # Two streams of the same data in one run are shuffled apart.
@@ -113,7 +115,8 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
             shape = with_buckets(stage.batch, mixture.facts, merge=merge, **drawing)
             plan = Plan(mixture.facts, shape, window=data.window, shuffle=data.shuffle, steps=stage.steps, **drawing)
             room = kept.setdefault(data.cache_bytes, Kept(data.cache_bytes))
-            samples = SampleCache(mixture.source, processor, kept=room, folder=data.cache_dir, processor_key=key)
+            fetching = processor.fetching(data.remote_media)
+            samples = SampleCache(mixture.source, fetching, kept=room, folder=data.cache_dir, processor_key=key)
             loader = BatchLoader(plan, samples, processor)
             told = list(_described(stage, mixture, plan))
         except DataError as error:

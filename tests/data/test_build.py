@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pickle
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import pytest
 
 from qwenvl_jax import cli
 from qwenvl_jax.data import build as build_module
+from qwenvl_jax.data import building as building_module
 from qwenvl_jax.data.build import build
+from qwenvl_jax.data.building import Building
 from qwenvl_jax.data.built import BuiltSource
 from qwenvl_jax.data.facts import facts_digest, measure_each, processor_key
 from qwenvl_jax.data.failure import Failure
@@ -25,7 +29,7 @@ from qwenvl_jax.data.sources import Reading, Subset, open_source
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.train.curriculum import prepare_stages
 from tests.tiny import tiny_processor_folder
-from tests.train.tiny_run import tiny_config, write_records, write_tiny_run
+from tests.train.tiny_run import ROOT, tiny_config, write_records, write_tiny_run
 
 tfds = pytest.importorskip(
     "tensorflow_datasets.public_api", reason="tensorflow-datasets, of the extras `tfds` and `test`, is not installed"
@@ -244,7 +248,97 @@ def test_inspect_and_stats_take_its_processor(files, model, tmp_path, capsys):
     assert key == BuiltSource(tmp_path / "built", Reading()).processor_key
 
 
-def test_nothing_is_left_of_a_build_that_failed(files, model, tmp_path, monkeypatch):
+def tree(folder: Path) -> dict[str, bytes]:
+    """The files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def many(tmp_path, clip):
+    """A JSONL file of more records than are measured at a time, every tenth with a clip, and one that fails."""
+    shutil.copy(clip, tmp_path / "clip.mp4")
+    parts = [[video("clip.mp4", fps=2.0)] if number % 10 == 0 else [] for number in range(building_module.PART + 45)]
+    parts[7] = [video("gone.mp4")]
+    records = [{"id": f"r{number}", "messages": conversation("what?", *part)} for number, part in enumerate(parts)]
+    return write_records(tmp_path / "many.jsonl", records)
+
+
+KILLED = """\
+import os, signal, sys
+from qwenvl_jax.data import build as build_module
+from qwenvl_jax.data.building import Building
+
+source, destination, model, work, after = sys.argv[1:]
+do = getattr(Building, work)
+
+def killed(self, *arguments):
+    if arguments[-1] == int(after):
+        os.kill(os.getpid(), signal.SIGKILL)
+    do(self, *arguments)
+
+setattr(Building, work, killed)
+build_module.build([source], destination, model=model, embed_media=True, shards=12)
+"""
+
+
+@pytest.mark.parametrize(
+    "work",
+    ["write_records", *(pytest.param(work, marks=pytest.mark.slow) for work in ("measure", "write_media"))],
+)
+def test_a_build_that_was_killed_goes_on(many, model, tmp_path, monkeypatch, work):
+    """What is done is not done again, and the data set is that of a build that nobody killed."""
+    built, after = tmp_path / "built", {"measure": 1, "write_records": 7, "write_media": 0}[work]
+    arguments = [str(many), str(built), str(model), work, str(after)]
+    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT).returncode == -signal.SIGKILL
+    assert not built.exists()
+    folder = tmp_path / ".built.building"
+    done = {path.name: path.stat().st_ino for path in folder.glob("records/*-of-00012")}
+    assert len(done) == {"measure": 0, "write_records": 7, "write_media": 12}[work]
+
+    for path in tmp_path.glob("many.jsonl.facts-*"):
+        path.unlink()
+    measured = []
+    measure = Processor.measure
+    monkeypatch.setattr(Processor, "measure", lambda *a, **k: measured.append(a) or measure(*a, **k))
+    build([many], built, model=str(model), embed_media=True, shards=12)
+    # The record that fails is looked at again.
+    assert len(measured) == (45 + 1 if work == "measure" else 1)
+    assert not folder.exists()
+    kept = {path.name.partition("record-")[2]: path.stat().st_ino for path in built.glob("*.array_record-*")}
+    assert {name: kept[name] for name in done} == done
+    for path in tmp_path.glob("many.jsonl.facts-*"):
+        path.unlink()
+    build([many], tmp_path / "at once", model=str(model), embed_media=True, shards=12)
+    assert tree(built) == tree(tmp_path / "at once")
+
+
+@pytest.mark.parametrize("embed_media", [False, True])
+def test_what_changed_since_the_build_was_killed_is_made_again(many, model, tmp_path, run_ffmpeg, embed_media):
+    """Media by their size and time, shards by what is in them, lines by the file."""
+
+    def killed(destination):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build_module, "_assemble", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                build([many], destination, model=str(model), embed_media=embed_media, shards=2)
+
+    def again(destination):
+        build([many], destination, model=str(model), embed_media=embed_media, shards=2)
+        return tree(destination)
+
+    killed(tmp_path / "a")
+    run_ffmpeg(
+        "-f", "lavfi", "-i", "testsrc2=size=96x64:rate=12:duration=3", "-pix_fmt", "yuv420p", many.parent / "clip.mp4"
+    )
+    found = again(tmp_path / "a")
+    assert found == again(tmp_path / "b")
+    killed(tmp_path / "c")
+    many.write_text(many.read_text().replace("what?", "when?", 1))
+    assert again(tmp_path / "c") == again(tmp_path / "d") != found
+
+
+def test_a_build_that_failed_leaves_no_data_set(files, model, tmp_path, monkeypatch):
+    """But what was measured, for the next one, and nothing after that."""
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(DataError, match=r"a\.jsonl:2: .*1 of 7 samples cannot be used, --max-failed 0\.02 allows 0"):
         build(files, tmp_path / "built", model=str(model))
@@ -252,25 +346,90 @@ def test_nothing_is_left_of_a_build_that_failed(files, model, tmp_path, monkeypa
     def full(*_):
         raise OSError(28, "No space left on device", "built")
 
-    monkeypatch.setattr(build_module, "_finish", full)
+    monkeypatch.setattr(build_module, "_list", full)
     with pytest.raises(OSError, match="No space"):
         build(files, tmp_path / "built", model=str(model), max_failed=0.2)
-    assert {path.name for path in tmp_path.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} - before == {".built.building"}
+    monkeypatch.undo()
+    build(files, tmp_path / "built", model=str(model), max_failed=0.2)
+    assert {path.name for path in tmp_path.iterdir()} - before == {"built"}
 
 
-def test_a_medium_that_changes_meanwhile_stops_the_build(files, model, tmp_path, monkeypatch):
-    look = build_module._embed
+def test_two_builds_of_one_data_set(files, model, tmp_path):
+    """The second is refused as long as the first one runs."""
+    with (
+        build_module._held(tmp_path / "built"),
+        pytest.raises(ConfigError, match="built is being built by another process"),
+    ):
+        build(files, tmp_path / "built", model=str(model), max_failed=0.2)
 
-    def embed(lines):
-        found = look(lines)
+
+@pytest.fixture
+def beam():
+    return pytest.importorskip("apache_beam", reason="apache-beam, of the extra `beam`, is not installed")
+
+
+IN_PROCESSES = ["direct_running_mode=multi_processing", "direct_num_workers=2"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        pytest.param(["direct_running_mode=multi_threading", "direct_num_workers=2"], marks=pytest.mark.slow),
+        pytest.param(IN_PROCESSES, marks=pytest.mark.slow),
+    ],
+)
+def test_beam_builds_the_same(many, model, tmp_path, beam, options):
+    """Every file, byte for byte, also with more than ten shards, and with those of different lengths."""
+    build([many], tmp_path / "here", model=str(model), embed_media=True, shards=12)
+    for path in tmp_path.glob("many.jsonl.facts-*"):
+        path.unlink()
+    arguments = ["data", "build", str(many), str(tmp_path / "beam"), "--model", str(model), "--embed-media"]
+    arguments += ["--shards", "12", "--beam", "DirectRunner"]
+    assert cli.main([*arguments, *(word for option in options for word in ("--beam-option", option))]) == 0
+    assert tree(tmp_path / "beam") == tree(tmp_path / "here")
+    records = tfds.builder_from_directory(tmp_path / "beam").as_data_source("train")
+    assert [record["id"].decode() for record in records] == [f"r{i}" for i in range(len(records) + 1) if i != 7]
+    assert not (tmp_path / ".beam.building").exists()
+
+
+@pytest.mark.parametrize("runner", [None, "DirectRunner"])
+def test_a_medium_that_changes_meanwhile_stops_the_build(files, model, tmp_path, monkeypatch, request, runner):
+    if runner:
+        request.getfixturevalue("beam")
+    look = Building.number_media
+
+    def change(self, shard_bytes):
+        found = look(self, shard_bytes)
         path = tmp_path / "second/square.png"
         path.write_bytes(path.read_bytes() + b"\0")
         return found
 
-    monkeypatch.setattr(build_module, "_embed", embed)
-    with pytest.raises(DataError, match=r"square\.png changed while the data set was built"):
-        build(files, tmp_path / "built", model=str(model), embed_media=True, max_failed=0.2)
+    monkeypatch.setattr(Building, "number_media", change)
+    options = {"model": str(model), "embed_media": True, "max_failed": 0.2, "beam": runner}
+    with pytest.raises(DataError, match=r"b\.jsonl:1: the record or its media changed while the data set was built"):
+        build(files, tmp_path / "built", **options)
     assert not (tmp_path / "built").exists()
+    monkeypatch.undo()
+    build(files, tmp_path / "built", **options)
+    media = tfds.builder_from_directory(tmp_path / "built/media").as_data_source("train")
+    assert (tmp_path / "second/square.png").read_bytes() in [medium["data"] for medium in media]
+
+
+def test_mistakes_with_beam(files, model, tmp_path, beam, monkeypatch):
+    def built(**options):
+        return build(files, tmp_path / "built", model=str(model), max_failed=0.2, **options)
+
+    with pytest.raises(ConfigError, match="--beam NoRunner: Beam has no such runner"):
+        built(beam="NoRunner")
+    with pytest.raises(ConfigError, match="--beam-option direct_workers: Beam has no such option"):
+        built(beam="DirectRunner", beam_options=["direct_workers=2"])
+    monkeypatch.setattr(Building, "write_records", lambda *_: 1 / 0)
+    with pytest.raises(DataError, match=r"--beam DirectRunner: the pipeline failed \(.*division by zero"):
+        built(beam="DirectRunner")
+    with pytest.raises(DataError, match="must lie on a file system that all of its workers share"):
+        Building(tmp_path / "elsewhere")
 
 
 def test_mistakes(files, model, tmp_path, monkeypatch):
@@ -281,6 +440,8 @@ def test_mistakes(files, model, tmp_path, monkeypatch):
         built(shards=0)
     with pytest.raises(ConfigError, match="--shards 9 is more than the 7 records"):
         built(shards=9)
+    with pytest.raises(ConfigError, match="--beam-option is for --beam; name a runner"):
+        built(beam_options=["direct_num_workers=2"])
     with pytest.raises(ConfigError, match="--max-failed 2 must be a share"):
         build(files, tmp_path / "built", model=str(model), max_failed=2)
     with pytest.raises(ConfigError, match="exists and is not an empty folder"):
@@ -299,6 +460,9 @@ def test_mistakes(files, model, tmp_path, monkeypatch):
     shard.write_bytes(b"\0" * shard.stat().st_size)
     with pytest.raises(DataError, match=r"built cannot be read \(.*copy it again"):
         open_source(tmp_path / "built")[0]
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(DataError, match=r"--beam needs Apache Beam .*pip install 'qwenvl_jax\[beam\]'"):
+        build(files, tmp_path / "on beam", model=str(model), beam="DirectRunner")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets.public_api", None)
     with pytest.raises(DataError, match=r"pip install 'qwenvl_jax\[tfds\]'"):
         open_source(tmp_path / "built")

@@ -2,6 +2,7 @@
 
 import json
 
+import fsspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -155,3 +156,15 @@ def test_mistakes_take_one_line(mp4, arguments, words, capsys, tmp_path, monkeyp
     assert out == "" and err.startswith("qwenvl-jax: error: ") and err.count("\n") == 1
     assert all(word in err for word in words), err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_address_that_may_be_fetched(mp4, capsys):
+    store = fsspec.filesystem("memory")
+    store.pipe("/clips/clip.mp4", mp4.read_bytes())
+    address, allowed = "memory://clips/clip.mp4", ["--remote-media", "memory://clips/"]
+    assert frames(capsys, address, *allowed, "--fps", "1") == frames(capsys, mp4, "--fps", "1")
+    assert cli.main(["data", "frames", address, "--remote-media", "memory://other/", *allowed]) == 0
+    assert capsys.readouterr().out.startswith(f"{address}: 6.000 s")
+    assert cli.main(["data", "frames", address, "--remote-media", "memory://other/"]) != 0
+    assert "fetching it is not allowed" in capsys.readouterr().err
+    store.store.clear()

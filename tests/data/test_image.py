@@ -46,6 +46,8 @@ def test_resize_is_bit_equal_to_torchvision():
         [50, 70, 50, 96],
         [50, 70, 96, 70],
         [48, 48, 48, 48],
+        [1080, 1920, 320, 608],
+        [16, 16, 33, 10],
     ]
     for k, (h, w, new_h, new_w) in enumerate(sizes):
         pixels = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)

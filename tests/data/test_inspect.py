@@ -10,7 +10,7 @@ import qwenvl_jax as qv
 from qwenvl_jax import cli
 from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.named import public_id
-from qwenvl_jax.data.stats import kind_of
+from qwenvl_jax.data.stats import FIGURES, Stats, figure_of, kind_of
 from qwenvl_jax.presets import PRESETS
 from tests.tiny import tiny_processor_folder
 from tests.train.tiny_run import write_records
@@ -115,13 +115,38 @@ def test_stats_are_drawn(data, model, tmp_path, capsys, name):
         assert "<svg" in (tmp_path / name).read_text()
 
 
+def test_plots_show_what_there_is(tmp_path):
+    """Frame rates side by side, whole numbers without gaps, a wide range by powers, bars for reasons."""
+    values = {name: np.zeros(0) for name in FIGURES}
+    values["tokens"] = np.arange(100, 400, dtype=np.float64)
+    values["source_fps"] = np.asarray([24, 30000 / 1001, 30, 30], np.float64)
+    values["duration"] = np.geomspace(0.5, 7200, 200)
+    failures = [Failure(f"r{i}", f"a.jsonl:{i}: kind {'abcdefghijk'[i % 11]} failed") for i in range(22)]
+    drawn = figure_of(Stats(322, values, tuple(failures)), "clips.jsonl")
+    panels = {panel.get_title(): panel for panel in drawn.axes}
+    assert set(FIGURES.values()) < set(panels)
+    rates = panels[FIGURES["source_fps"]]
+    assert [label.get_text() for label in rates.get_xticklabels()] == ["24", "29.97", "30"]
+    assert [bar.get_height() for bar in rates.patches] == [1, 1, 2]
+    heights = [bar.get_height() for bar in panels[FIGURES["tokens"]].patches]
+    assert sum(heights) == 300 and len(set(heights[:-1])) == 1
+    assert panels[FIGURES["duration"]].get_xscale() == "log"
+    assert [text.get_text() for text in panels[FIGURES["frames"]].texts] == ["none"]
+    (reasons,) = (panel for title, panel in panels.items() if title.startswith("why records cannot be used"))
+    assert "(the most frequent; 3 more)" in reasons.get_title() and len(reasons.patches) == 8
+    assert reasons.texts[0].get_text().strip() == "2  kind a failed"
+    assert "median 249.50" in [text.get_text() for text in panels[FIGURES["tokens"]].get_legend().get_texts()]
+
+
 def test_like_reasons_count_together():
     def reason(text):
         return kind_of(Failure("x", text))
 
     one = reason("/data/a.jsonl:7: message 0, part 0: video /clips/one.mp4 is truncated: 100 bytes; copy it again.")
     two = reason("b.jsonl:19: message 2, part 1: video other.mp4 is truncated: 2048 bytes; copy it again.")
-    assert one == two == "message N, part N: video FILE is truncated: N bytes; copy it again."
+    three = reason("/data/clips/1.0.0[7]: message 1, part 0: video v.mp4 is truncated: 7 bytes; copy it again.")
+    four = reason("built[3], /data/a.jsonl:7: message 1, part 0: video v.mp4 is truncated: 7 bytes; copy it again.")
+    assert one == two == three == four == "message N, part N: video FILE is truncated: N bytes; copy it again."
 
 
 def test_presets_name_public_checkpoints():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -80,3 +81,20 @@ def test_coordinates_are_those_of_the_model(folder):
     processor, (_, second) = prepared(folder, source=str(source))
     (answer,) = learnt(processor, second)
     assert json.loads(answer) == [{"time": "<1.0 seconds>", "bbox_2d": [125, 250, 500, 1000]}]
+
+
+def test_media_of_a_stage_that_may_be_fetched(folder, clip):
+    store = fsspec.filesystem("memory")
+    store.pipe("/clips/clip.mp4", clip.read_bytes())
+    remote = {**RECORD, "video": {"video": "memory://clips/clip.mp4", "fps": 2.0}}
+    write_records(folder / "here.jsonl", [RECORD])
+    there = str(write_records(folder / "there.jsonl", [remote]))
+    for prefixes in ((), ("memory://other/",)):
+        with pytest.raises(DataError, match=r"stage s1: .*clip\.mp4 is not on this machine, and fetching it is not"):
+            prepared(folder, source=there, remote_media=prefixes)
+    with pytest.raises(ConfigError, match="stage s1: remote_media must be a list"):
+        prepared(folder, source=there, remote_media=("clips",))
+    _, (_, fetched) = prepared(folder, source=there, remote_media=("memory://clips/",))
+    _, (_, local) = prepared(folder, source=str(folder / "here.jsonl"))
+    assert fetched.loader(0).failed == () and fetched.loader(0).hash == local.loader(0).hash
+    store.store.clear()
