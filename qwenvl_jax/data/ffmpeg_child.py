@@ -137,6 +137,9 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._log,
             bufsize=1 << 20,
+            # Ctrl-C in a terminal goes to the whole foreground group: it asks a run to stop after its step, and must
+            # not make a sample of that step look damaged.
+            process_group=0,
         )
         self._limit()
         self._late = threading.Event()

@@ -26,6 +26,11 @@ MOST_REPLACEMENTS = 3
 _WORKER = "grain-process-prefetch"  # how Grain names its processes
 _DIED = "terminated unexpectedly"  # and what it says when one ended
 _END_SECONDS = 30.0
+_START_SECONDS = 300.0  # that workers may take to start and import, beside the time for their first batch
+_OFTEN = {
+    signal.SIGKILL: ", as the system does where memory runs out",
+    signal.SIGBUS: ", as happens where /dev/shm, through which batches pass, is full",
+}
 
 
 class Supervised(Iterator[Item]):
@@ -35,7 +40,7 @@ class Supervised(Iterator[Item]):
       make: begins an iterator from a step up to another, given what `remember` kept of the item before ("" of none).
       remember: what helps to go on after an item.
       first, steps: the first step, and the one after the last.
-      timeout: seconds to wait for a batch before its workers count as hung.
+      timeout: seconds to wait for a batch before its workers count as hung; their start has more.
       describe: what stands in a step, for the error.
       say: told of each replacement.
 
@@ -117,6 +122,7 @@ class _Puller:
         self._others = {process.pid for process in multiprocessing.active_children()}
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self._started = False
         self._thread = threading.Thread(target=self._run, args=(make,), daemon=True, name="batches")
         self._thread.start()
 
@@ -127,10 +133,12 @@ class _Puller:
           _Lost: a worker died, or none came in time.
         """
         self._wanted.put(True)
+        seconds = timeout if self._started else timeout + _START_SECONDS
         try:
-            item, error = self._found.get(timeout=timeout)
+            item, error = self._found.get(timeout=seconds)
         except queue.Empty:
-            raise _Lost(f"gave nothing for {timeout:g} s") from None
+            raise _Lost(f"gave nothing for {seconds:g} s") from None
+        self._started = True
         if error is None:
             return item
         if isinstance(error, RuntimeError) and _DIED in str(error):
@@ -175,14 +183,15 @@ def _death(said: str) -> str:
         return "died"
     if code < 0:
         name = signal.Signals(-code).name
-        memory = ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
-        return f"was killed by {name}{memory}"
+        return f"was killed by {name}{_OFTEN.get(signal.Signals(-code), '')}"
     return f"ended with exit code {code}"
 
 
 def end_with_parent(index: int = 0, count: int = 1) -> None:
-    """Has a worker process end when the one that started it does, however that ends; for Grain's `worker_init_fn`."""
+    """Has a worker process end when the one that started it does, and not before; for Grain's `worker_init_fn`."""
     del index, count
+    # Ctrl-C in a terminal reaches workers too; whether a run ends by it is for the run to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
         return

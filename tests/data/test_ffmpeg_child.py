@@ -1,7 +1,11 @@
 """What the ffmpeg child may not do: each limit holds, and says what to do. Those of CPU and memory are Linux's."""
 
+import os
 import resource
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +86,31 @@ def test_limits_grow_with_the_video_and_leave_this_process_alone(tmp_path):
             child.stdout.read()
             child.finish()
     assert [resource.getrlimit(which) for which in (resource.RLIMIT_CPU, resource.RLIMIT_DATA)] == before
+
+
+INTERRUPTED = """
+import os, signal, sys
+from qwenvl_jax.data.video import probe, read_frames
+
+signal.signal(signal.SIGINT, lambda *_: print("interrupted"))
+info = probe(sys.argv[1])
+frames = read_frames(info, range(len(info.times)))
+next(frames)
+os.killpg(0, signal.SIGINT)
+print(1 + sum(1 for _ in frames))
+"""
+
+
+def test_ctrl_c_does_not_damage_the_sample_at_hand(tmp_path):
+    """A terminal sends it to the whole group; a run then ends after its step, of which nothing may be missing."""
+    path = tmp_path / "clip.mp4"
+    ffmpeg("-f", "lavfi", "-i", "testsrc=size=640x360:rate=30:duration=2", "-pix_fmt", "yuv420p", path)
+    # More than the pipe and its buffer hold, so that the child is still at work when the signal comes.
+    assert 60 * 640 * 360 * 3 > 8 << 20
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", INTERRUPTED, str(path)]
+    ran = subprocess.run(command, env=environment, start_new_session=True, capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["interrupted", "60"], ran.stderr
 
 
 def test_no_address_is_opened(tmp_path):

@@ -71,6 +71,28 @@ class TestLogic:
         assert list(iterator) == [0, 1, 2, 3]
         assert len(said) == 1 and "gave nothing for 0.5 s" in said[0]
 
+    @pytest.mark.parametrize(
+        ("code", "told"), [(-7, "SIGBUS, as happens where /dev/shm"), (-11, "SIGSEGV;"), (3, "3;")]
+    )
+    def test_says_how_a_worker_ended(self, code, told):
+        def make(step, end, last):
+            if not last and end == 6:
+                raise RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. Search the logs")
+            yield from range(step, end)
+
+        iterator, said = supervised(make)
+        assert next(iterator) == 0
+        assert told in said[0]
+
+    def test_the_start_has_more_time(self):
+        def make(step, end, last):
+            del last
+            time.sleep(0.3)
+            yield from range(step, end)
+
+        iterator, said = supervised(make, timeout=0.01)
+        assert next(iterator) == 0 and not said
+
     def test_other_errors_are_not_retried(self):
         def make(step, end, last):
             yield step
@@ -111,6 +133,10 @@ def stop_self():
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def interrupt_self():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def leave():
     os._exit(3)
 
@@ -143,6 +169,16 @@ def test_a_lost_worker_changes_nothing(folder, undisturbed, tmp_path, deed, work
     assert [planned.hash for planned in found] == undisturbed
     assert len(said) == 1 and told in said[0]
     assert not [process for process in multiprocessing.active_children() if "prefetch" in process.name]
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_not_for_workers(folder, undisturbed, tmp_path):
+    """They get it with their run, which decides."""
+    said: list[str] = []
+    loader = Fragile(loader_of(mixed_config(folder)), 3, 1, tmp_path, interrupt_self)
+    found = batches(loader, STEPS, threads=0, workers=1, say=said.append)
+    assert [planned.hash for planned in found] == undisturbed
+    assert not said and (tmp_path / "done-0").exists()
 
 
 @pytest.mark.slow
