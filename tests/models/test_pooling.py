@@ -13,10 +13,10 @@ from qwenvl_jax.data.pooling import METHODS, Pool
 from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.generate import generate
 from qwenvl_jax.models.pretrained import load
-from qwenvl_jax.models.qwenvl import QwenVL, _at_vision
+from qwenvl_jax.models.qwenvl import _at_vision
 from qwenvl_jax.parallel.mesh import make_mesh
 from qwenvl_jax.parallel.rules import shard_batch
-from tests.checkpoint.shape import TINY
+from tests.checkpoint.shape import TINY, random_model
 
 TABLE = np.broadcast_to(np.linspace(-1, 1, 256, dtype=np.float32), (3, 256))
 H = 6
@@ -119,7 +119,7 @@ def test_features_and_gradients_are_those_of_torch(side, method, window):
 
 @pytest.fixture(scope="module")
 def model():
-    return QwenVL(TINY, rngs=nnx.Rngs(0))
+    return random_model(TINY)
 
 
 @jax.jit

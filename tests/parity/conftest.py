@@ -1,6 +1,7 @@
 """One tiny checkpoint of each shape, whole with tokenizer and processor, loaded here and by the reference."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,18 @@ class Pair:
 
 
 def _shapes() -> list:
-    """Every shape, marked with its generation, and for one worker, which makes it once; the longer suite's as such."""
+    """Every shape, the longer suite's as such."""
+    return shapes([name for name in reference.SHAPES if name not in reference.SLOW_SHAPES], reference.SLOW_SHAPES)
+
+
+def shapes(fast: Collection[str], slow: Collection[str]) -> list:
+    """Shapes as parameters of `pair`, marked with their generation, and for one worker, which makes each once."""
     params = []
     for name, (model_type, *_) in reference.SHAPES.items():
+        if name not in fast and name not in slow:
+            continue
         marks = [pytest.mark.support(model_type=model_type, yarn=name.endswith("yarn")), pytest.mark.xdist_group(name)]
-        marks += [pytest.mark.slow] if name in reference.SLOW_SHAPES else []
+        marks += [pytest.mark.slow] if name in slow else []
         params.append(pytest.param(name, marks=marks))
     return params
 
