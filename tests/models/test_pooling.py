@@ -1,6 +1,7 @@
 """Pooled features in the decoder: sums of merged tokens, their gradients, and what a batch without pooling pays."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,7 @@ def model():
     return random_model(TINY)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # programs that run once
 def logits(model, batch):
     return model(batch)
 
@@ -146,7 +147,8 @@ def test_packed_rows_equal_alone(model):
     together = np.asarray(logits(model, collated([[samples[0], samples[2]], [samples[1]]], groups=2, pool_taps=12)))
     for sample, (row, start) in zip(samples, [(0, 0), (1, 0), (0, len(samples[0].tokens))], strict=True):
         alone = np.asarray(logits(model, collated([[sample]])))[0]
-        np.testing.assert_allclose(together[row, start : start + len(alone)], alone, rtol=0, atol=1e-5)
+        largest = np.abs(alone).max()
+        np.testing.assert_allclose(together[row, start : start + len(alone)], alone, rtol=0, atol=1e-5 * largest)
 
 
 def test_places_of_the_pool_matter(model):
@@ -160,6 +162,7 @@ def test_places_of_the_pool_matter(model):
         assert np.abs(np.asarray(logits(model, changed)) - before).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_places_without_use_change_nothing(model):
     """A batch of a run that pools, without anything pooled in it: the logits are those of a run that does not."""
     sample = of_model(0, [(None, (1, 3, 5)), (None, (2, 2, 2))])
@@ -168,6 +171,7 @@ def test_places_without_use_change_nothing(model):
     np.testing.assert_array_equal(np.asarray(logits(model, plain)), np.asarray(logits(model, roomy)))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_places(model):
     """Temporary memory of forward and backward is that of few [B, T, H] arrays, however many tokens make one."""
     graph, state = nnx.split(model)
@@ -185,9 +189,10 @@ def test_memory_does_not_grow_with_the_places(model):
     assert temporary(64) - temporary(4) < 8 * hidden  # all places at once would take 60 times as much
 
 
+@pytest.mark.slow
 def test_no_device_reads_features_of_another(model):
     """Rows and groups over devices: the compiled forward pass exchanges nothing but what it did without pooling."""
-    mesh = make_mesh(fsdp=4)
+    mesh = make_mesh(jax.devices()[:4], fsdp=4)
     graph, state = nnx.split(model)
 
     def exchanges(pool):
