@@ -96,5 +96,8 @@ def test_declared_dependencies_are_those_imported():
     imported = {name.split(".")[0] for file in _files() for name, _ in _imports(file)}
     outside = imported - set(sys.stdlib_module_names) - {"qwenvl_jax"}
     needed = {_canonical(owners.get(name, [name])[0]) for name in outside}
-    listed = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["tfds"]
-    assert needed == {_canonical(re.match(r"[\w.-]+", text)[0]) for text in listed}
+    extras = PROJECT["optional-dependencies"]
+    listed = {
+        _canonical(re.match(r"[\w.-]+", text)[0]) for text in PROJECT["dependencies"] + extras["tfds"] + extras["beam"]
+    }
+    assert needed == listed - {"qwenvl-jax"}
