@@ -118,6 +118,7 @@ def test_memory_is_that_of_a_file_not_of_the_model(ingredients, tmp_path):
     assert peak < 4 * shard, f"{peak} bytes at the peak, {whole} written"
 
 
+@pytest.mark.slow
 def test_s0_moves_the_mergers_alone(ingredients, clip, tmp_path, monkeypatch, capsys):
     """The two commands, as the summary says: assemble, then two steps of a config that knows nothing of the model."""
     config = write_tiny_run(tmp_path, clip)

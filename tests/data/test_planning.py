@@ -51,7 +51,7 @@ def plans(draw) -> Plan:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(plans())
 def test_what_is_planned_fits_and_nothing_is_lost(plan):
     """Rows and vision rows hold what is laid into them, and what was drawn of each part is laid or waits, once."""

@@ -55,6 +55,7 @@ def processor(folder):
     return Processor.from_pretrained(write_processor_folder(folder / "processor"))
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_that_of_the_answers(folder, processor):
     batch = heldout.held_out_batch(processor, make_clips(folder, "validation", 2, 0))
     model = QwenVL(tiny_config(processor), rngs=nnx.Rngs(0))
@@ -68,6 +69,7 @@ def test_the_held_out_loss_is_that_of_the_answers(folder, processor):
     assert batch.tokens.shape[0] == 2 and batch.loss_weights.sum() == 10 * answers
 
 
+@pytest.mark.slow
 def test_the_model_at_the_end_of_each_stage_is_found_again(folder, processor, optax_promotes):
     texts = [(str(i), warmup.text_conversation(0, i)) for i in range(8)]
     data = DataConfig(source=str(records.write_records(folder / "data" / "text.jsonl", texts)), threads=0)

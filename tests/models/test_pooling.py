@@ -213,6 +213,7 @@ def answering(tiny_checkpoint):
     return load(tiny_checkpoint, dtype="float32"), Processor.from_pretrained(tiny_checkpoint)
 
 
+@pytest.mark.slow
 def test_answers_about_pooled_media(answering):
     """Beside others, a question has the answer that it has alone; token for token that of the whole sequence again."""
     model, processor = answering

@@ -41,6 +41,7 @@ def test_a_batch_that_the_data_axes_do_not_divide_is_refused(mixed_batch):
         shard_batch(jax.tree.map(lambda x: x[:1], mixed_batch), make_mesh(fsdp=4, tensor=2))
 
 
+@pytest.mark.slow
 def test_split_over_eight_devices_it_computes_the_same(even_config, mixed_batch):
     model = QwenVL(even_config, rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)

@@ -54,7 +54,7 @@ def learner(request, tmp_path_factory):
 
 
 @pytest.mark.support("trains")
-@pytest.mark.parametrize("trainable", ["all", "mergers"])
+@pytest.mark.parametrize("trainable", ["all", pytest.param("mergers", marks=pytest.mark.slow)])
 def test_two_steps_lower_the_loss(learner, trainable, optax_promotes):
     parts, params, batch = learner
     optimizer_config = OptimizerConfig(learning_rate=3e-3, schedule="constant")

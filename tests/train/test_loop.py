@@ -40,6 +40,7 @@ def one_stage(folder, **changes) -> TrainConfig:
     return dataclasses.replace(config, stages=(dataclasses.replace(config.stages[1], **changes),))
 
 
+@pytest.mark.slow
 def test_a_run_compiles_its_step_once(folder, tmp_path, caplog):
     """Steps with and without pixels, through a checkpoint, all have the shapes that the first was compiled for."""
     config = one_stage(folder, steps=6)
@@ -156,6 +157,7 @@ def test_weights_of_another_shape_are_refused(folder, tmp_path, tiny_checkpoint)
         train(config, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["FP8", "native"])
 def test_starts_from_weights_in_any_form(form, folder, tmp_path):
     """A folder in eight bits or in the native layout is a model to train: what is frozen stays the numbers it holds."""

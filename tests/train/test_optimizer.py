@@ -46,6 +46,7 @@ def updates_of(config: OptimizerConfig, weights=WEIGHTS, steps: int = 2) -> dict
     return updates
 
 
+@pytest.mark.slow
 def test_muon_takes_each_layer_alone():
     """A stacked weight's update is that of a loop over its layers (and over q, k and v), each a plain matrix."""
     config = OptimizerConfig(name="muon", clip_norm=0.0)

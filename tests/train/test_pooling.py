@@ -38,6 +38,7 @@ def pooled(folder, taps: int = 4, steps: int = 4, **budget):
     return dataclasses.replace(config, stages=(stage,), checkpoint_every=100)
 
 
+@pytest.mark.slow
 def test_a_run_over_pooled_videos(config, tmp_path, caplog):
     """Steps with pooled videos and steps of text alone share one program, and what is seen is learnt."""
     with jax.log_compiles(), caplog.at_level("WARNING"):

@@ -104,6 +104,7 @@ def test_eight_kinds_of_damage(folder, undisturbed, capfd):
     assert "s1: 7 of 800 samples are left out" in log and "step 1: left out, and written to" in log
 
 
+@pytest.mark.slow
 def test_stopped_and_continued(folder, undisturbed, tmp_path):
     """Stopped between checkpoints: the same batches, losses and list."""
 
@@ -126,6 +127,7 @@ def test_too_many_before_the_first_step(folder, tmp_path):
         run_config(folder, max_failed=2)
 
 
+@pytest.mark.slow
 def test_too_many_in_the_middle(folder, tmp_path):
     """The run stops at the step that finds one too many, keeps what it had, and goes on where more is allowed."""
     config = run_config(folder, max_failed=7 / 800)
@@ -135,6 +137,7 @@ def test_too_many_in_the_middle(folder, tmp_path):
     assert train(run_config(folder, max_failed=8 / 800), tmp_path / "run").step == 6
 
 
+@pytest.mark.slow
 def test_a_file_that_vanishes(folder, tmp_path):
     """Gone between the planning and its step."""
     clips = tmp_path / "data"
