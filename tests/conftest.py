@@ -119,3 +119,13 @@ def clip(tmp_path_factory, run_ffmpeg):
     file = tmp_path_factory.mktemp("clip") / "clip.mp4"
     run_ffmpeg("-f", "lavfi", "-i", "testsrc=size=96x64:rate=12:duration=2", "-pix_fmt", "yuv420p", file)
     return file
+
+
+@pytest.fixture(scope="session")
+def mixed_folder(tmp_path_factory, clip):
+    """The data of `tests.data.mixed.mixed_config`."""
+    from tests.data.mixed import write_mixed
+
+    folder = tmp_path_factory.mktemp("mixed")
+    write_mixed(folder, clip)
+    return folder

@@ -13,8 +13,6 @@ consumer that works as long as `--busy` times a step's decoding takes waits for 
 """
 
 import argparse
-import os
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -23,13 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwenvl_jax.data.facts import measure_source
-from qwenvl_jax.data.ffmpeg_child import ffmpeg_program, ffmpeg_version
+from qwenvl_jax.data.ffmpeg_child import ffmpeg_program
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import BatchShape, Plan
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.data.sources import open_source
 from qwenvl_jax.demo.vocabulary import write_processor_folder
+from tools.machine import machine
 
 SHAPE = BatchShape(rows=1, length=8192, vision=((40, 1024),))
 PART = {"fps": 2.0, "max_video_tokens": 4096, "max_frame_tokens": 256}
@@ -43,9 +42,7 @@ def main() -> None:
     parser.add_argument("--busy", type=float, default=1.5, help="default: %(default)s")
     parser.add_argument("--place", default=tempfile.gettempdir(), help="for the files; default: %(default)s")
     options = parser.parse_args()
-    ffmpeg = ".".join(map(str, ffmpeg_version()))
-    about = f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, ffmpeg {ffmpeg}"
-    print(f"{about}, {time.strftime('%Y-%m-%d')}\n")
+    print(machine() + "\n")
     with tempfile.TemporaryDirectory(prefix="bench-loader-", dir=options.place) as folder:
         _measure(Path(folder), options)
 

@@ -18,8 +18,6 @@ Then a frame is resized, beside torchvision: in the layout of a decoded frame, a
 
 import argparse
 import importlib
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,8 +29,9 @@ from pathlib import Path
 import numpy as np
 
 from qwenvl_jax.data import image, video
-from qwenvl_jax.data.ffmpeg_child import ffmpeg_program, ffmpeg_version
+from qwenvl_jax.data.ffmpeg_child import ffmpeg_program
 from qwenvl_jax.data.frames import public_opener
+from tools.machine import machine
 
 # Reads frames of a file and tells the peak memory, in MB, of this process and of the largest of its children.
 _CHILD = """
@@ -60,9 +59,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=0.0, help="of the long file; 0 leaves it out")
     parser.add_argument("--place", default=tempfile.gettempdir(), help="for the files; default: %(default)s")
     options = parser.parse_args()
-    ffmpeg = ".".join(map(str, ffmpeg_version()))
-    about = f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, ffmpeg {ffmpeg}"
-    print(f"{about}, {time.strftime('%Y-%m-%d')}")
+    print(machine())
     with tempfile.TemporaryDirectory(prefix="bench-video-", dir=options.place) as folder:
         for gop in options.gop:
             clip = _write_clip(Path(folder) / f"gop{gop}.mp4", options.seconds, gop)

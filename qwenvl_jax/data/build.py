@@ -178,7 +178,7 @@ def _assemble(
 ) -> None:
     """Makes a tfds data set of one split out of shards, in a folder that is not there yet."""
     info: Any = tfds.core.DatasetInfo
-    builder: Any = tfds.core.DatasetBuilder
+    builder: Any = tfds.core.FileReaderBuilder
 
     class Info(info):
         def initialize_from_bucket(self):
@@ -218,9 +218,6 @@ def _assemble(
                 filename_template=template,
             )
             self.info.set_splits(tfds.core.SplitDict([split]))
-
-        def _as_dataset(self, *_, **__):
-            raise NotImplementedError("read it with as_data_source")
 
     made = Builder(data_dir=folder)
     # It makes a folder for downloads, of which there are none, and tells where the data will lie.

@@ -1,5 +1,6 @@
 """Images and videos of a conversation: opened and measured first, decoded when their patches are wanted."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -129,18 +130,7 @@ class MediaOpener:
 
     def _open_video(self, part: dict) -> Opened:
         config, frames, pool = self.video, self._frames_of(part), Pool.of(part)
-        height, width = sampling.pooled_size(
-            self.generation.video_size,
-            len(frames.times),
-            *frames.size,
-            factor=config.factor,
-            temporal_factor=config.temporal_patch_size,
-            cap_tokens=config.cap_tokens,
-            max_frame_tokens=part.get("max_frame_tokens"),
-            max_video_tokens=part.get("max_video_tokens"),
-            pool=pool.side if pool else 1,
-            **_pixel_bounds(part, config),
-        )
+        height, width = self._video_size(part, len(frames.times), frames.size)
         times = sampling.group_times(frames.times, config.temporal_patch_size)
 
         def load() -> np.ndarray:
@@ -154,6 +144,45 @@ class MediaOpener:
 
         grid = (len(times), height // config.patch_size, width // config.patch_size)
         return Opened(part, "video", frames.size, grid, times, self._steps(frames), load, frames.choice, pool)
+
+    def _video_size(self, part: dict, n: int, size: tuple[int, int], *, capped: bool = True) -> tuple[int, int]:
+        """Height and width that `n` frames of a size are resized to; not `capped` leaves out `max_video_tokens`."""
+        config, pool = self.video, Pool.of(part)
+        return sampling.pooled_size(
+            self.generation.video_size,
+            n,
+            *size,
+            factor=config.factor,
+            temporal_factor=config.temporal_patch_size,
+            cap_tokens=config.cap_tokens,
+            max_frame_tokens=part.get("max_frame_tokens"),
+            max_video_tokens=part.get("max_video_tokens") if capped else None,
+            pool=pool.side if pool else 1,
+            **_pixel_bounds(part, config),
+        )
+
+    def _most_frames(self, part: dict, n: int, size: tuple[int, int]) -> int:
+        """How many of `n` frames are taken, so that none has fewer than `min_frame_tokens` for `max_video_tokens`.
+
+        Frames that have fewer even without that cap stay as they are.
+        """
+        tau, pool, factor = self.video.temporal_patch_size, Pool.of(part), self.video.factor
+
+        def tokens(groups: int, capped: bool) -> int:
+            height, width = self._video_size(part, min(n, groups * tau), size, capped=capped)
+            side = pool.side if pool else 1
+            return -(-height // factor // side) * -(-width // factor // side)
+
+        def least(groups: int) -> int:
+            return min(part["min_frame_tokens"], tokens(groups, capped=False))
+
+        groups = -(-n // tau)
+        # Fewer frames are no smaller, so what is asked of each does not get less.
+        for fewer in range(min(groups, part["max_video_tokens"] // least(groups)), 1, -1):
+            with contextlib.suppress(MediaError):  # too many for the cap, however small
+                if tokens(fewer, capped=True) >= least(fewer):
+                    return min(n, fewer * tau)
+        return min(n, tau)
 
     def _frames_of(self, part: dict) -> _Frames:
         """The frames of a video that are looked at: chosen by a sampler, or by the caller."""
@@ -182,7 +211,13 @@ class MediaOpener:
         sampler = SAMPLERS[part.get("sampler") or "uniform"]
         clip = clip_of(info, part.get("start"), part.get("end"))
         scores = motion.motion_scores(info).part(clip.first, clip.first + len(clip.times)) if sampler.motion else None
-        choice = sampler.choose(clip, scores, self._wish(part, by_default=sampler.even))
+        wish = self._wish(part, by_default=sampler.even)
+        choice = sampler.choose(clip, scores, wish)
+        if part.get("min_frame_tokens") is not None:
+            most = self._most_frames(part, len(choice.indices), (info.height, info.width))
+            if most < len(choice.indices):
+                held = dataclasses.replace(wish, max_frames=most, min_frames=min(wish.min_frames, most))
+                choice = sampler.choose(clip, scores, held)
         return _Frames(
             times=choice.times,
             size=(info.height, info.width),
@@ -201,11 +236,6 @@ class MediaOpener:
         low, high = given.get("min_frames"), given.get("max_frames")
         given["min_frames"] = low or min(config.min_frames, high or config.min_frames)
         given["max_frames"] = high or max(config.max_frames, low or config.max_frames)
-        if part.get("min_frame_tokens") is not None:
-            # Rather fewer frames than smaller ones.
-            most = config.temporal_patch_size * (part["max_video_tokens"] // part["min_frame_tokens"])
-            given["max_frames"] = min(given["max_frames"], most)
-            given["min_frames"] = min(given["min_frames"], most)
         slow, fast = given.get("min_fps"), given.get("max_fps")
         given["min_fps"] = slow or min(Wish.min_fps, fast or Wish.min_fps)
         given["max_fps"] = fast or max(Wish.max_fps, slow or Wish.max_fps)

@@ -90,7 +90,7 @@ def _draw_timeline(panel, seen: Preview) -> None:
         panel.vlines(beginnings, 0, 1.05, color="#3457d5", linewidth=0.8, linestyle="--", label="a shot begins")
     panel.vlines(choice.times, -0.3, -0.05, color="#e4572e", linewidth=0.8, label="frame taken")
     panel.set_ylim(-0.35, 1.1)
-    panel.set_xlim(0, seen.info.duration)
+    panel.set_xlim(-0.005 * seen.info.duration, seen.info.duration)  # so that a frame at 0 is seen
     panel.set_yticks([0, 1])
     panel.set_xlabel("seconds")
     panel.legend(loc="upper right", fontsize=7, ncols=3, frameon=False, bbox_to_anchor=(1, 1.2))

@@ -19,18 +19,6 @@ from tests.tiny import tiny_processor_folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_processor_folder(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def processor(folder):
-    return qv.Processor.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
 def mp4(tmp_path_factory):
     """36 frames at 12 per second."""
     return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", numbered_frames(36, 64, 96), fps="12")

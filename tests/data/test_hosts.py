@@ -15,27 +15,20 @@ from qwenvl_jax.data.pipeline import BatchLoader, batch_hash, batches
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import ConfigError
 from tests.data.host import _sums, loader_of
-from tests.data.mixed import mixed_config, read_lines, write_mixed
+from tests.data.mixed import mixed_config, read_lines
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, clip):
-    folder = tmp_path_factory.mktemp("mixed")
-    write_mixed(folder, clip)
-    return folder
+def whole(mixed_folder):
+    return list(batches(loader_of(mixed_config(mixed_folder)), STEPS))
 
 
-@pytest.fixture(scope="module")
-def whole(folder):
-    return list(batches(loader_of(mixed_config(folder)), STEPS))
-
-
-def test_the_mixture_has_what_makes_batches_differ(folder, whole):
+def test_the_mixture_has_what_makes_batches_differ(mixed_folder, whole):
     """So that what the other tests compare says something."""
-    plan = loader_of(mixed_config(folder)).plan
+    plan = loader_of(mixed_config(mixed_folder)).plan
     counts = {len(plan.facts[i].frames) for n in range(STEPS) for row in plan[n] for i in row}
     assert {0, 1, 2, 4} <= counts
     assert sum(len(planned.failed) for planned in whole) >= 2
@@ -46,9 +39,9 @@ def test_the_mixture_has_what_makes_batches_differ(folder, whole):
 
 
 @pytest.mark.parametrize("hosts", [4, 8, 16])
-def test_any_number_of_hosts_makes_the_same_batches(folder, whole, hosts):
+def test_any_number_of_hosts_makes_the_same_batches(mixed_folder, whole, hosts):
     """Rows, pixels and what failed; each host decodes only its own."""
-    config = mixed_config(folder)
+    config = mixed_config(mixed_folder)
     loaders = [loader_of(config, host, hosts) for host in range(hosts)]
     for step in range(STEPS):
         parts = [loader(step) for loader in loaders]
@@ -63,9 +56,9 @@ def test_any_number_of_hosts_makes_the_same_batches(folder, whole, hosts):
     ("first", "threads", "workers"),
     [(5, 0, 0), (0, 3, 0), pytest.param(7, 2, 2, marks=pytest.mark.slow)],
 )
-def test_goes_on_anywhere_with_any_readers(folder, whole, first, threads, workers):
+def test_goes_on_anywhere_with_any_readers(mixed_folder, whole, first, threads, workers):
     """Also from the state that a batch carries, without planning the steps before it again."""
-    loader = loader_of(mixed_config(folder))
+    loader = loader_of(mixed_config(mixed_folder))
     if first:
         loader.plan.resume(json.loads(whole[first - 1].state))
     found = list(batches(loader, STEPS, first=first, threads=threads, workers=workers))
@@ -73,8 +66,8 @@ def test_goes_on_anywhere_with_any_readers(folder, whole, first, threads, worker
     assert [planned.state for planned in found] == [planned.state for planned in whole[first:]]
 
 
-def test_a_plan_that_goes_on_plans_nothing_again(folder, whole, monkeypatch):
-    plan = loader_of(mixed_config(folder)).plan
+def test_a_plan_that_goes_on_plans_nothing_again(mixed_folder, whole, monkeypatch):
+    plan = loader_of(mixed_config(mixed_folder)).plan
     planned = []
     real = type(plan)._plan
     monkeypatch.setattr(type(plan), "_plan", lambda self, place: planned.append(place.step) or real(self, place))
@@ -83,12 +76,12 @@ def test_a_plan_that_goes_on_plans_nothing_again(folder, whole, monkeypatch):
     assert [other[n] for n in (9, 10)] == [plan[n] for n in (9, 10)]
     assert set(planned) == {9, 10}
     # What was before can be asked for still.
-    assert plan[2] == loader_of(mixed_config(folder)).plan[2]
+    assert plan[2] == loader_of(mixed_config(mixed_folder)).plan[2]
 
 
-def test_a_long_run_keeps_few_steps(folder):
+def test_a_long_run_keeps_few_steps(mixed_folder):
     """The plan remembers no more after 5,000 steps than after 500, and can be asked for any of them."""
-    plan = loader_of(mixed_config(folder)).plan
+    plan = loader_of(mixed_config(mixed_folder)).plan
     early = [plan[n] for n in range(3)]
     sizes = []
     for n in (500, 5000):
@@ -99,9 +92,9 @@ def test_a_long_run_keeps_few_steps(folder):
     assert [plan[n] for n in range(3)] == early
 
 
-def test_rows_that_do_not_divide_are_refused(folder):
-    loader = loader_of(mixed_config(folder))
-    processor = Processor.from_pretrained(folder / "processor")
+def test_rows_that_do_not_divide_are_refused(mixed_folder):
+    loader = loader_of(mixed_config(mixed_folder))
+    processor = Processor.from_pretrained(mixed_folder / "processor")
     with pytest.raises(ConfigError, match=r"batch\.rows=16 must be a multiple of the 3 hosts"):
         BatchLoader(loader.plan, loader.samples, processor, host=0, hosts=3)
     with pytest.raises(ConfigError, match="host=2 must be from 0 to 1"):
@@ -117,12 +110,12 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_two_processes_on_one_mesh(folder, whole):
+def test_two_processes_on_one_mesh(mixed_folder, whole):
     """Two real processes read their halves and put them on a mesh over both: it is the batch of a single process."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    processes = [start(folder, host, 2, STEPS, port) for host in range(2)]
+    processes = [start(mixed_folder, host, 2, STEPS, port) for host in range(2)]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert all(process.returncode == 0 for process in processes), outputs
     lines = [read_lines(output) for output, _ in outputs]

@@ -6,8 +6,11 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwenvl_jax.data.facts import processor_key
+from qwenvl_jax.data.frames import public_opener
 from qwenvl_jax.data.mixture import AtRates, MixturePart, MixtureReader, VideoBudget
 from qwenvl_jax.data.packing import BatchShape, SampleFacts, misfit
 from qwenvl_jax.data.processor import Processor
@@ -118,10 +121,31 @@ def test_budget_lowers_the_resolution_and_then_the_rate(processor, folder, clip)
     assert smaller[0] == t and smaller[1] * smaller[2] < h * w
     fewer = grid(max_video_tokens=t * merged // 2, min_frame_tokens=merged)
     assert fewer[1:] == (h, w) and fewer[0] == t // 2
-    both = grid(max_video_tokens=t * merged // 2, min_frame_tokens=merged // 2)
+    both = grid(max_video_tokens=t * merged // 2, min_frame_tokens=2)
     assert both[0] == t and both[1] * both[2] < h * w
     opened = processor.opener.open(base | {"max_video_tokens": t * merged // 2, "min_frame_tokens": merged})
     assert opened.choice is not None and "held to max_frames" in opened.choice.why[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_frame_is_smaller_than_asked_but_by_nature(clip, data):
+    """Whatever the budget, sizes rounded and tokens pooled; and a frame more would not do."""
+    opener = public_opener(data.draw(st.sampled_from(["qwen2_vl_7b", "qwen2_5_vl_7b", "qwen3_vl_4b"])))
+    factor, tau = opener.video.factor, opener.video.temporal_patch_size
+    cap = data.draw(st.integers(20, 900))
+    side = data.draw(st.sampled_from([1, 2, 3]))
+    part = {"type": "video", "video": str(clip), "fps": 8.0, "max_pixels": None, "pool": side, "max_video_tokens": cap}
+
+    def tokens(options: dict) -> tuple[int, int]:
+        opened = opener.open(part | options)
+        height, width = (side * opener.video.patch_size // factor for side in opened.grid[1:])
+        return opened.grid[0], -(-height // side) * -(-width // side)
+
+    least = data.draw(st.integers(1, cap))
+    groups, each = tokens({"min_frame_tokens": least})
+    _, by_nature = tokens({"max_video_tokens": None, "num_frames": tau * groups, "fps": None})
+    assert groups * each <= cap and (each >= min(least, by_nature) or groups == 1)
 
 
 @pytest.mark.parametrize(

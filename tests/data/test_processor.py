@@ -16,18 +16,6 @@ RNG = np.random.default_rng(5)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_processor_folder(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def processor(folder):
-    return qv.Processor.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
 def mp4(tmp_path_factory):
     """60 frames at 12 per second."""
     frames = numbered_frames(43, 64, 96)

@@ -15,7 +15,7 @@ from qwenvl_jax.data.supervised import MOST_REPLACEMENTS, Supervised
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.train.config import DataConfig
 from tests.data.host import loader_of
-from tests.data.mixed import mixed_config, write_mixed
+from tests.data.mixed import mixed_config
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -142,15 +142,8 @@ def leave():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, clip):
-    folder = tmp_path_factory.mktemp("mixed")
-    write_mixed(folder, clip)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder):
-    return [planned.hash for planned in batches(loader_of(mixed_config(folder)), STEPS)]
+def undisturbed(mixed_folder):
+    return [planned.hash for planned in batches(loader_of(mixed_config(mixed_folder)), STEPS)]
 
 
 @pytest.mark.slow
@@ -162,9 +155,9 @@ def undisturbed(folder):
         (stop_self, 2, 40.0, "gave nothing for 40 s"),
     ],
 )
-def test_a_lost_worker_changes_nothing(folder, undisturbed, tmp_path, deed, workers, timeout, told):
+def test_a_lost_worker_changes_nothing(mixed_folder, undisturbed, tmp_path, deed, workers, timeout, told):
     said: list[str] = []
-    loader = Fragile(loader_of(mixed_config(folder)), 5, 1, tmp_path, deed)
+    loader = Fragile(loader_of(mixed_config(mixed_folder)), 5, 1, tmp_path, deed)
     found = batches(loader, STEPS, threads=1, workers=workers, prefetch=1, worker_timeout=timeout, say=said.append)
     assert [planned.hash for planned in found] == undisturbed
     assert len(said) == 1 and told in said[0]
@@ -172,18 +165,18 @@ def test_a_lost_worker_changes_nothing(folder, undisturbed, tmp_path, deed, work
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_not_for_workers(folder, undisturbed, tmp_path):
+def test_ctrl_c_is_not_for_workers(mixed_folder, undisturbed, tmp_path):
     """They get it with their run, which decides."""
     said: list[str] = []
-    loader = Fragile(loader_of(mixed_config(folder)), 3, 1, tmp_path, interrupt_self)
+    loader = Fragile(loader_of(mixed_config(mixed_folder)), 3, 1, tmp_path, interrupt_self)
     found = batches(loader, STEPS, threads=0, workers=1, say=said.append)
     assert [planned.hash for planned in found] == undisturbed
     assert not said and (tmp_path / "done-0").exists()
 
 
 @pytest.mark.slow
-def test_a_sample_that_kills_its_workers_is_named(folder, tmp_path):
-    loader = Fragile(loader_of(mixed_config(folder)), 1, 99, tmp_path, leave)
+def test_a_sample_that_kills_its_workers_is_named(mixed_folder, tmp_path):
+    loader = Fragile(loader_of(mixed_config(mixed_folder)), 1, 99, tmp_path, leave)
     iterator = batches(loader, STEPS, threads=1, workers=1, prefetch=1)
     next(iterator)
     with pytest.raises(DataError, match=r"step 2: the workers .* lost 4 times in a row.*in it stand .*\.jsonl:\d+"):
@@ -228,10 +221,10 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-def test_no_worker_outlives_a_killed_run(folder, tmp_path):
+def test_no_worker_outlives_a_killed_run(mixed_folder, tmp_path):
     (tmp_path / "work.py").write_text(WORK)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(tmp_path / "work.py"), str(folder)]
+    command = [sys.executable, str(tmp_path / "work.py"), str(mixed_folder)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         for _ in range(3):

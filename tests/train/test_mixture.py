@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import pytest
 
 from qwenvl_jax.cli import main
@@ -14,28 +13,14 @@ from qwenvl_jax.train.config import DataConfig
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.metrics import read_metrics
 from tests.data.host import loader_of
-from tests.data.mixed import mixed_config, write_mixed
+from tests.data.mixed import mixed_config
 
 STEPS = 3
 
 
-@pytest.fixture(autouse=True)
-def promotion_as_usual():
-    """Optax leaves dtypes and ranks to promotion."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, clip):
-    folder = tmp_path_factory.mktemp("mixed")
-    write_mixed(folder, clip)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def before(folder):
-    return hashes(mixed_config(folder))
+def before(mixed_folder):
+    return hashes(mixed_config(mixed_folder))
 
 
 def hashes(config, steps: int = STEPS) -> list[str]:
@@ -59,8 +44,8 @@ def with_part(config, number: int, **changes) -> DataConfig:
         (2, {"max_samples": 5}, 1),
     ],
 )
-def test_every_setting_of_a_part_changes_the_batches(folder, number, changes, steps):
-    config = mixed_config(folder)
+def test_every_setting_of_a_part_changes_the_batches(mixed_folder, number, changes, steps):
+    config = mixed_config(mixed_folder)
     (stage,) = config.stages
     changed = dataclasses.replace(stage, data=with_part(config, number, **changes))
     assert hashes(dataclasses.replace(config, stages=(changed,)), steps) != hashes(config, steps)
@@ -78,34 +63,40 @@ def test_every_setting_of_a_part_changes_the_batches(folder, number, changes, st
         {"shuffle": False},
     ],
 )
-def test_every_setting_of_the_data_changes_the_batches(folder, before, changes):
-    assert hashes(mixed_config(folder, **changes)) != before
+def test_every_setting_of_the_data_changes_the_batches(mixed_folder, before, changes):
+    assert hashes(mixed_config(mixed_folder, **changes)) != before
 
 
-def test_shares_of_modalities_change_the_batches(folder, before):
-    config = mixed_config(folder)
+def test_shares_of_modalities_change_the_batches(mixed_folder, before):
+    config = mixed_config(mixed_folder)
     parts = tuple(
         dataclasses.replace(part, modality=modality)
         for part, modality in zip(config.stages[0].data.mixture, ("text", "seen", "seen"), strict=True)
     )
-    assert hashes(mixed_config(folder, mixture=parts)) == before
-    assert hashes(mixed_config(folder, mixture=parts, modality_weights=(("text", 0.1), ("seen", 0.9)))) != before
+    assert hashes(mixed_config(mixed_folder, mixture=parts)) == before
+    assert hashes(mixed_config(mixed_folder, mixture=parts, modality_weights=(("text", 0.1), ("seen", 0.9)))) != before
 
 
-def test_format_of_a_part_is_its_own(folder, tmp_path):
+def test_format_of_a_part_is_its_own(mixed_folder, tmp_path):
     """One part of LLaVA's conversations, one of messages."""
     asked = {"from": "human", "value": "<video>\nwhat leaves?"}
     lines = [
-        {"id": str(n), "video": str(folder / "clip.mp4"), "conversations": [asked, {"from": "gpt", "value": "red"}]}
+        {
+            "id": str(n),
+            "video": str(mixed_folder / "clip.mp4"),
+            "conversations": [asked, {"from": "gpt", "value": "red"}],
+        }
         for n in range(3)
     ]
     (tmp_path / "llava.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = MixturePart("text", str(folder / "text.jsonl"))
-    config = mixed_config(folder, mixture=(text, MixturePart("a", str(tmp_path / "llava.jsonl"), format="llava")))
+    text = MixturePart("text", str(mixed_folder / "text.jsonl"))
+    config = mixed_config(mixed_folder, mixture=(text, MixturePart("a", str(tmp_path / "llava.jsonl"), format="llava")))
     assert len(loader_of(config).plan.parts[1].entries) == 3
     with pytest.raises(DataError, match=r"llava\.jsonl:1"):
         loader_of(
-            mixed_config(folder, mixture=(text, MixturePart("a", str(tmp_path / "llava.jsonl"), format="messages")))
+            mixed_config(
+                mixed_folder, mixture=(text, MixturePart("a", str(tmp_path / "llava.jsonl"), format="messages"))
+            )
         )
 
 
@@ -119,24 +110,24 @@ def test_format_of_a_part_is_its_own(folder, tmp_path):
         ({"modality_weights": (("text", float("nan")),)}, r"data\.modality_weights"),
     ],
 )
-def test_settings_that_cannot_be(folder, values, told):
+def test_settings_that_cannot_be(mixed_folder, values, told):
     with pytest.raises(ConfigError, match=told):
-        mixed_config(folder, **values)
+        mixed_config(mixed_folder, **values)
 
 
-def test_a_mixture_that_ends_before_the_stage_is_told(folder):
-    parts = (MixturePart("text", str(folder / "text.jsonl"), max_epochs=2),)
+def test_a_mixture_that_ends_before_the_stage_is_told(mixed_folder):
+    parts = (MixturePart("text", str(mixed_folder / "text.jsonl"), max_epochs=2),)
     with pytest.raises(DataError, match=r"stage s1: the mixture comes to its end before step [1-9]"):
-        loader_of(mixed_config(folder, mixture=parts))
-    config = mixed_config(folder, mixture=(dataclasses.replace(parts[0], max_epochs=400),))
+        loader_of(mixed_config(mixed_folder, mixture=parts))
+    config = mixed_config(mixed_folder, mixture=(dataclasses.replace(parts[0], max_epochs=400),))
     longer = dataclasses.replace(config.stages[0], steps=500)
     with pytest.raises(DataError, match=r"stage s1: the mixture has samples for about \d+ of 500 steps"):
         loader_of(dataclasses.replace(config, stages=(longer,)))
 
 
 @pytest.mark.slow
-def test_a_run_over_a_mixture_goes_on_where_it_was_stopped(folder, tmp_path):
-    config = mixed_config(folder)
+def test_a_run_over_a_mixture_goes_on_where_it_was_stopped(mixed_folder, tmp_path):
+    config = mixed_config(mixed_folder)
     train(config, tmp_path / "whole")
 
     def stop(line):
@@ -160,6 +151,8 @@ def test_a_run_over_a_mixture_goes_on_where_it_was_stopped(folder, tmp_path):
 CONFIG = """\
 from tests.data.mixed import mixed_config
 
+pytestmark = pytest.mark.usefixtures("promotion_as_usual")
+
 
 def get_config():
     return mixed_config({folder!r})
@@ -167,15 +160,15 @@ def get_config():
 
 
 @pytest.fixture
-def config_file(folder, tmp_path):
-    (tmp_path / "config.py").write_text(CONFIG.format(folder=str(folder)))
+def config_file(mixed_folder, tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG.format(folder=str(mixed_folder)))
     return str(tmp_path / "config.py")
 
 
-def test_what_steps_will_hold(folder, config_file, tmp_path, capsys):
+def test_what_steps_will_hold(mixed_folder, config_file, tmp_path, capsys):
     assert main(["data", "steps", config_file, "--json", "--out", str(tmp_path / "steps.png")]) == 0
     (stage,) = json.loads(capsys.readouterr().out)["stages"]
-    plan = loader_of(mixed_config(folder)).plan
+    plan = loader_of(mixed_config(mixed_folder)).plan
     entries = [entry for n in range(12) for row in plan[n] for entry in row]
     assert stage["steps"] == 12 and stage["samples"] == len(entries)
     assert stage["tokens"] == pytest.approx(sum(plan.facts[i].tokens for i in entries) / (12 * 16 * 192))

@@ -11,6 +11,8 @@ from qwenvl_jax.train.config import OptimizerConfig
 from qwenvl_jax.train.optimizer import learning_rate, make_optimizer, muon_dimensions
 from qwenvl_jax.train.state import WeightInfo
 
+pytestmark = pytest.mark.usefixtures("promotion_as_usual")
+
 F32 = jnp.dtype("float32")
 WEIGHTS = {
     "q.kernel": WeightInfo((3, 8, 2, 6), F32, ("layers", "embed", "heads", "head_dim"), 1),
@@ -22,13 +24,6 @@ WEIGHTS = {
     "embed.table": WeightInfo((16, 8), F32, ("vocab", "embed"), 0),
     "head.kernel": WeightInfo((8, 16), F32, ("embed", "vocab"), 1),
 }
-
-
-@pytest.fixture(autouse=True)
-def promotion_as_usual():
-    """Optax leaves dtypes and ranks to promotion."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def some_values(seed: int) -> dict[str, jax.Array]:

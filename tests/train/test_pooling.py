@@ -13,12 +13,7 @@ from qwenvl_jax.train.metrics import read_metrics
 from tests.train.test_resume import check_equal
 from tests.train.tiny_run import command_line, killed, tiny_config, write_tiny_run
 
-
-@pytest.fixture(autouse=True)
-def promotion_as_usual():
-    """Optax leaves dtypes and ranks to promotion."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("promotion_as_usual")
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,9 @@ from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.metrics import read_metrics
 from tests.train.tiny_run import tiny_config, write_records, write_tiny_run
 
+pytestmark = pytest.mark.usefixtures("promotion_as_usual")
+
 GOOD = 792
-
-
-@pytest.fixture(autouse=True)
-def promotion_as_usual():
-    """Optax leaves dtypes and ranks to promotion."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def record(name: str, *parts, question: str = "what leaves?", answer: str = "a red square") -> dict:

@@ -6,21 +6,15 @@ import multiprocessing
 import os
 import signal
 
-import jax
 import pytest
 
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.metrics import read_metrics
 from tests.train.tiny_run import tiny_config, write_tiny_run
 
+pytestmark = pytest.mark.usefixtures("promotion_as_usual")
+
 STEPS = 14
-
-
-@pytest.fixture(autouse=True)
-def promotion_as_usual():
-    """Optax leaves dtypes and ranks to promotion."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def workers() -> list:
