@@ -107,18 +107,3 @@ class LayerNorm(nnx.Module):
         centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         x32 = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + jnp.float32(self.eps))
         return (x32 * _like(self.scale[...], x32) + _like(self.bias[...], x32)).astype(x.dtype)
-
-
-def scan_layers(body, carry, layers, *, remat: bool = False, unroll: bool = False):
-    """Scans `body(carry, layer) -> (carry, kept)` over a stack of layers.
-
-    Args:
-      layers: anything stacked along a leading layer axis.
-      remat: make a layer's activations again in the backward pass in place of keeping them.
-      unroll: write the layers out one after another. A loop copies what the backward pass needs into stacked buffers
-        and back; small models on CPU train half again as fast without it, large ones compile for long.
-
-    Returns:
-      (carry, kept stacked).
-    """
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, layers, unroll=unroll or 1)

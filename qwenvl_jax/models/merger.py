@@ -19,10 +19,9 @@ class Merger(nnx.Module):
         D, unit = config.hidden_size, config.spatial_merge_size**2
         wide = unit * D
         self.norm = make_norm(config, wide if norm_after_join else D, stack=stack, dtype=dtype)
-        self.fc1 = Linear({"embed": wide}, {"merged": wide}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
-        self.fc2 = Linear(
-            {"merged": wide}, {"embed": config.out_hidden_size}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype
-        )
+        self.fc1 = Linear({"vision_embed": wide}, {"merged": wide}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
+        out = {"vision_embed": config.out_hidden_size}
+        self.fc2 = Linear({"merged": wide}, out, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
         self.unit, self.norm_after_join = unit, norm_after_join
 
     def __call__(self, x):

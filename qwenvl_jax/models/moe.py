@@ -11,7 +11,9 @@ from flax import nnx
 
 from qwenvl_jax.config import TextConfig
 from qwenvl_jax.models.layers import RESIDUAL_GAIN, Linear
-from qwenvl_jax.ops.experts import experts_mlp, route
+from qwenvl_jax.ops.expert_exchange import placed_experts
+from qwenvl_jax.ops.experts import route
+from qwenvl_jax.parallel.placement import Execution
 
 
 class Experts(nnx.Module):
@@ -32,25 +34,27 @@ class Experts(nnx.Module):
             # Each expert is a matrix of its own: its number counts among the axes before those of the output.
             return nnx.Param(kernel, axes=(*names, *axes), inputs=2)
 
-        self.gate_up = make((X, H, 2, F), ("experts", "embed", "gate_up", "mlp"), 1 / math.sqrt(H))
-        self.down = make((X, F, H), ("experts", "mlp", "embed"), RESIDUAL_GAIN / math.sqrt(F))
+        self.gate_up = make((X, H, 2, F), ("experts", "expert_embed", "gate_up", "expert_mlp"), 1 / math.sqrt(H))
+        self.down = make((X, F, H), ("experts", "expert_mlp", "expert_embed"), RESIDUAL_GAIN / math.sqrt(F))
 
-    def __call__(self, x_NH, shares_Nk, experts_Nk):
-        gate_up, down = self.gate_up[...].astype(x_NH.dtype), self.down[...].astype(x_NH.dtype)
-        return experts_mlp(x_NH, shares_Nk, experts_Nk, gate_up, down)
+    def __call__(self, x_BTH, shares_BTk, experts_BTk, execution: Execution):
+        gate_up, down = self.gate_up[...].astype(x_BTH.dtype), self.down[...].astype(x_BTH.dtype)
+        return placed_experts(x_BTH, shares_BTk, experts_BTk, gate_up, down, execution)
 
 
 class SparseMoe(nnx.Module):
-    """Sends each token through its likeliest experts: [B, T, H] to [B, T, H]."""
+    """Sends each token through its likeliest experts: [B, T, H] to [B, T, H], and what the router did."""
 
     def __init__(self, config: TextConfig, *, stack, rngs, dtype):
         assert config.moe is not None  # made only where the decoder has experts
-        embed, experts = {"embed": config.hidden_size}, {"experts": config.moe.num_experts}
+        embed, experts = {"embed": config.hidden_size}, {"router": config.moe.num_experts}
         self.router = Linear(embed, experts, use_bias=False, stack=stack, rngs=rngs, dtype=dtype)
         self.experts = Experts(config, stack=stack, rngs=rngs, dtype=dtype)
         self.k = config.moe.num_experts_per_tok
 
-    def __call__(self, x_BTH):
-        x_NH = x_BTH.reshape(-1, x_BTH.shape[-1])
-        shares_Nk, experts_Nk = route(self.router(x_NH), self.k)
-        return self.experts(x_NH, shares_Nk, experts_Nk).reshape(x_BTH.shape)
+    def __call__(self, x_BTH, execution: Execution):
+        """Returns ([B, T, H], (the router's logits [B, T, X], the experts chosen i32[B, T, k]))."""
+        logits_BTX = execution.constrain(self.router(x_BTH), "batch", "tokens", None)
+        shares_BTk, experts_BTk = route(logits_BTX, self.k)
+        y_BTH = self.experts(x_BTH, shares_BTk, experts_BTk, execution)
+        return y_BTH, (logits_BTX, experts_BTk)

@@ -19,6 +19,7 @@ from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.parallel.mesh import single_device_mesh
+from qwenvl_jax.parallel.placement import Execution
 from qwenvl_jax.parallel.rules import param_shardings
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -41,11 +42,14 @@ def load(path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None)
     model = native.open_source(folder)
     graph, state = abstract(model.config, kind)
     table = {entry.path: entry for entry in model.table}
-    shardings = dict(nnx.to_flat_state(param_shardings(state, mesh or single_device_mesh())))
+    mesh = mesh or single_device_mesh()
+    shardings = dict(nnx.to_flat_state(param_shardings(state, mesh)))
     weights = []
     for key, variable in nnx.to_flat_state(state):
         weights.append((key, variable.replace(_place(model, table[_dotted(key)], kind, shardings[key].get_value()))))
-    return nnx.merge(graph, nnx.from_flat_state(weights))
+    loaded = nnx.merge(graph, nnx.from_flat_state(weights))
+    loaded.execution = Execution(mesh)
+    return loaded
 
 
 def abstract(config: QwenVLConfig, dtype) -> tuple[nnx.GraphDef, nnx.State]:

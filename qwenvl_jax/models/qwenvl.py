@@ -15,6 +15,7 @@ from qwenvl_jax.models.merger import Merger
 from qwenvl_jax.models.text import Decoder
 from qwenvl_jax.models.vision import VisionTower
 from qwenvl_jax.ops.rope import mrope_cos_sin
+from qwenvl_jax.parallel.placement import Execution
 
 
 class QwenVL(nnx.Module):
@@ -23,11 +24,12 @@ class QwenVL(nnx.Module):
     Attributes:
       config: the shape; see `QwenVLConfig`.
       dtype: of the activations. Norms, softmax, rotary angles and logits are f32 whatever it is.
+      execution: how it is run where a call does not say; on its mesh, when it was loaded onto one.
       vision, merger, deepstack, text: the parts. `deepstack` holds the DeepStack mergers stacked, or None.
     """
 
     def __init__(self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32):
-        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.config, self.dtype, self.execution = config, jnp.dtype(dtype), Execution()
         taps = len(config.vision.deepstack_visual_indexes)
         make = {"rngs": rngs, "dtype": param_dtype}
         self.vision = VisionTower(config.vision, **make)
@@ -52,25 +54,37 @@ class QwenVL(nnx.Module):
         """Logits of every token slot: f32[B, T, V]. Those of padding mean nothing."""
         return self.text.logits(self.hidden(batch))
 
-    def hidden(self, batch: Batch, *, remat: bool = False, unroll: bool = False):
-        """The decoder's output after its last norm, [B, T, H]: what a chunked loss reads. See `scan_layers`."""
-        return self._decode_rows(batch, remat=remat, unroll=unroll)[0]
+    def hidden(self, batch: Batch, execution: Execution | None = None):
+        """The decoder's output after its last norm, [B, T, H]: what a chunked loss reads."""
+        return self.hidden_and_load(batch, execution)[0]
 
-    def encode(self, batch: Batch, *, remat: bool = False, unroll: bool = False):
+    def hidden_and_load(self, batch: Batch, execution: Execution | None = None):
+        """Returns (`hidden`, the load of the experts by layer, see `qwenvl_jax.ops.router`; None without)."""
+        x_BTH, _, load = self._decode_rows(batch, execution or self.execution)
+        return x_BTH, load
+
+    def encode(self, batch: Batch, execution: Execution | None = None):
         """Runs the tower and the mergers.
 
         Returns:
           (merged [G, M, H], deepstack [Kd, G, M, H]), the merged tokens of each group, bucket after bucket.
         """
         merged, deep = [], []
+        execution = execution or self.execution
         for rows in batch.vision:
-            last, taps = self.vision(rows, self.dtype, remat=remat, unroll=unroll)
-            G = last.shape[0]
-            merged.append(self.merger(last).reshape(G, -1, self.config.text.hidden_size))
+            last, taps = self.vision(rows, self.dtype, execution)
+            merged.append(self._joined(self.merger(last), execution))
             if self.deepstack is not None:
                 features = jax.vmap(lambda merger, tap: merger(tap))(self.deepstack, taps)
-                deep.append(features.reshape(features.shape[0], G, -1, self.config.text.hidden_size))
-        return jnp.concatenate(merged, axis=1), jnp.concatenate(deep, axis=2) if deep else None
+                deep.append(self._joined(features, execution))
+        return jnp.concatenate(merged, axis=-2), jnp.concatenate(deep, axis=-2) if deep else None
+
+    def _joined(self, features, execution: Execution):
+        """Vision rows of a group [..., G, R, L / 4, H] after one another, [..., G, M, H]: whatever text needs them."""
+        lead = (None,) * (features.ndim - 4)
+        features = execution.constrain(features, *lead, "groups", "vision_rows", None, None)
+        features = features.reshape(*features.shape[:-3], -1, features.shape[-1])
+        return execution.constrain(features, *lead, "groups", None, None)
 
     def prefill(self, batch: Batch, cache_size: int):
         """Reads one prompt a row and fills a cache with it.
@@ -82,7 +96,7 @@ class QwenVL(nnx.Module):
         Returns:
           (logits f32[B, V] of each row's next token, the cache).
         """
-        x_BTH, (keys, values) = self._decode_rows(batch)
+        x_BTH, (keys, values), _ = self._decode_rows(batch, self.execution)
         lengths_B = jnp.sum(batch.segment_ids > 0, axis=1).astype(jnp.int32)
         room = ((0, 0), (0, 0), (0, cache_size - x_BTH.shape[1]), (0, 0), (0, 0))
         last_B11 = (lengths_B - 1)[:, None, None]
@@ -112,7 +126,7 @@ class QwenVL(nnx.Module):
         positions_B1A = jnp.broadcast_to(cache.next_positions[:, None, None], (B, 1, 3))
         cos, sin = self._cos_sin(positions_B1A)
         x_B1H = self.text.embed(tokens_B[:, None], self.dtype)
-        x_B1H, keys, values = self.text.step(x_B1H, cos, sin, cache.keys, cache.values, cache.lengths)
+        x_B1H, keys, values = self.text.step(x_B1H, cos, sin, cache.keys, cache.values, cache.lengths, self.execution)
         cache = KVCache(keys, values, cache.lengths + 1, cache.next_positions + 1)
         return self.text.logits(x_B1H[:, 0]), cache
 
@@ -120,35 +134,37 @@ class QwenVL(nnx.Module):
         text = self.config.text
         return mrope_cos_sin(positions_BTA, text.rope, text.head_dim, self.dtype)
 
-    def _decode_rows(self, batch: Batch, **scan):
-        x_BTH = self.text.embed(batch.tokens, self.dtype)
+    def _decode_rows(self, batch: Batch, execution: Execution):
+        x_BTH = execution.constrain(self.text.embed(batch.tokens, self.dtype), "batch", "tokens", None)
         deepstack: tuple[int, Callable | None] = (0, None)
         if batch.vision:
-            merged, deep = self.encode(batch, **scan)
-            x_BTH = _at_vision(x_BTH, merged, batch, otherwise=x_BTH)
+            merged, deep = self.encode(batch, execution)
+            x_BTH = _at_vision(x_BTH, merged, batch, execution, otherwise=x_BTH)
             if deep is not None:
 
                 def add(x, k):
                     features = jax.lax.dynamic_index_in_dim(deep, k, 0, keepdims=False)
-                    return x + _at_vision(x, features, batch, otherwise=jnp.zeros_like(x))
+                    return x + _at_vision(x, features, batch, execution, otherwise=jnp.zeros_like(x))
 
                 deepstack = (deep.shape[0], add)
         cos, sin = self._cos_sin(batch.positions)
-        return self.text(x_BTH, cos, sin, batch.segment_ids, deepstack, **scan)
+        return self.text(x_BTH, cos, sin, batch.segment_ids, deepstack, execution)
 
 
-def _at_vision(x_BTH, features_GMH, batch: Batch, otherwise):
+def _at_vision(x_BTH, features_GMH, batch: Batch, execution: Execution, otherwise):
     """Returns [B, T, H]: at each vision token the feature of its own group, elsewhere `otherwise`.
 
     A pooled token has the weighted sum of several, in f32.
     """
     if batch.pool_index is None or batch.pool_weights is None:
-        picked_BTH = _gather(features_GMH, batch.vision_index)
+        picked_BTH = _gather(features_GMH, batch.vision_index, execution)
     else:
 
         def add(sum_BTH, tap):
             index_BT, weights_BT = tap
-            return sum_BTH + weights_BT[..., None] * _gather(features_GMH, index_BT).astype(jnp.float32), None
+            return sum_BTH + weights_BT[..., None] * _gather(features_GMH, index_BT, execution).astype(
+                jnp.float32
+            ), None
 
         # One at a time, since all of them together would take Q times the memory of the hidden states.
         taps_QBT = (jnp.moveaxis(batch.pool_index, -1, 0), jnp.moveaxis(batch.pool_weights, -1, 0))
@@ -156,11 +172,13 @@ def _at_vision(x_BTH, features_GMH, batch: Batch, otherwise):
     return jnp.where((batch.vision_index >= 0)[..., None], picked_BTH.astype(x_BTH.dtype), otherwise)
 
 
-def _gather(features_GMH, index_BT):
+def _gather(features_GMH, index_BT, execution: Execution):
     """Returns [B, T, H], the features at these indices, the first where they are negative.
 
     The gather stays within a group, so that under sharding no device reads another group's features.
     """
-    index_GT = index_BT.reshape(features_GMH.shape[0], -1)
-    picked = jax.vmap(lambda features, index: jnp.take(features, jnp.maximum(index, 0), axis=0))(features_GMH, index_GT)
-    return picked.reshape(*index_BT.shape, features_GMH.shape[-1])
+    (B, T), (G, _, H) = index_BT.shape, features_GMH.shape
+    index_GbT = jnp.maximum(index_BT, 0).reshape(G, B // G, T)
+    picked = jax.vmap(lambda features, index: jnp.take(features, index, axis=0))(features_GMH, index_GbT)
+    picked = execution.constrain(picked, "groups", None, "tokens", None)
+    return execution.constrain(picked.reshape(B, T, H), "batch", "tokens", None)

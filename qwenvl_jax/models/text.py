@@ -10,10 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwenvl_jax.config import TextConfig
-from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, Linear, RMSNorm, scan_layers
+from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, Linear, RMSNorm
 from qwenvl_jax.models.moe import SparseMoe
 from qwenvl_jax.ops.attention import attention
 from qwenvl_jax.ops.rope import rotate
+from qwenvl_jax.ops.router import router_load
+from qwenvl_jax.ops.row_attention import text_attention
+from qwenvl_jax.parallel.placement import Execution
 
 
 class TextAttention(nnx.Module):
@@ -33,12 +36,16 @@ class TextAttention(nnx.Module):
         self.q_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
 
-    def project(self, x_BTH, cos, sin):
+    def project(self, x_BTH, cos, sin, execution: Execution):
         """Returns (q [B, T, N, E], k [B, T, K, E], v [B, T, K, E]), the first two turned to their positions."""
-        q, k = self.q(x_BTH), self.k(x_BTH)
+
+        def placed(x, heads):
+            return execution.constrain(x, "batch", "tokens", heads, None)
+
+        q, k, v = placed(self.q(x_BTH), "heads"), placed(self.k(x_BTH), "kv_heads"), placed(self.v(x_BTH), "kv_heads")
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), self.v(x_BTH)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class TextMLP(nnx.Module):
@@ -51,8 +58,9 @@ class TextMLP(nnx.Module):
         self.up = Linear(embed, mlp, **make)
         self.down = Linear(mlp, embed, gain=RESIDUAL_GAIN, **make)
 
-    def __call__(self, x):
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x_BTH, execution: Execution):
+        hidden = jax.nn.silu(self.gate(x_BTH)) * self.up(x_BTH)
+        return self.down(execution.constrain(hidden, "batch", "tokens", "mlp")), None
 
 
 class TextLayer(nnx.Module):
@@ -66,11 +74,16 @@ class TextLayer(nnx.Module):
         mlp = TextMLP if config.moe is None else SparseMoe
         self.mlp = mlp(config, stack=stack, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x_BTH, cos, sin, attend):
-        """One layer. `attend(q, k, v) -> (y, aux)` decides what the queries see; `aux` is handed back."""
-        y, aux = attend(*self.attn.project(self.input_norm(x_BTH), cos, sin))
-        x_BTH = x_BTH + self.attn.o(y)
-        return x_BTH + self.mlp(self.post_attention_norm(x_BTH)), aux
+    def __call__(self, x_BTH, cos, sin, attend, execution: Execution):
+        """One layer. `attend(q, k, v) -> (y, aux)` decides what the queries see; `aux` is handed back.
+
+        Returns:
+          ([B, T, H], aux, (logits, experts) of the router or None without one).
+        """
+        y, aux = attend(*self.attn.project(self.input_norm(x_BTH), cos, sin, execution))
+        x_BTH = execution.constrain(x_BTH + self.attn.o(y), "batch", "tokens", None)
+        mlp, routed = self.mlp(self.post_attention_norm(x_BTH), execution)
+        return execution.constrain(x_BTH + mlp, "batch", "tokens", None), aux, routed
 
 
 class Decoder(nnx.Module):
@@ -98,7 +111,7 @@ class Decoder(nnx.Module):
         weight = self.head_weight().astype(x.dtype)
         return jnp.einsum("...h,hv->...v", x, weight).astype(jnp.float32)
 
-    def __call__(self, x_BTH, cos, sin, segments_BT, deepstack, **scan):
+    def __call__(self, x_BTH, cos, sin, segments_BT, deepstack, execution: Execution):
         """Runs the layers over whole rows.
 
         Args:
@@ -106,26 +119,27 @@ class Decoder(nnx.Module):
           cos, sin: [B, T, E // 2], from `mrope_cos_sin`.
           segments_BT: i32[B, T], the samples of each row; 0 is padding.
           deepstack: (count, add): `add(x, k)` adds the k-th DeepStack features to x; count may be 0.
-          **scan: see `scan_layers`.
+          execution: how; its `balanced` says in which order the slots stand.
 
         Returns:
-          ([B, T, H] after the last norm, (keys, values) each [Y, B, T, K, E]).
+          ([B, T, H] after the last norm, (keys, values) each [Y, B, T, K, E], the experts' load by `router_load`, each
+          [Y, ...], or None without experts).
         """
 
         def attend(q, k, v):
-            y = attention(q, k, v, q_segments_BT=segments_BT, kv_segments_BS=segments_BT, causal=True)
-            return y, (k, v)
+            return text_attention(q, k, v, segments_BT, execution), (k, v)
 
         def body(x, layer):
             layer, index = layer
-            x, aux = layer(x, cos, sin, attend)
-            return _add_deepstack(x, index, deepstack), aux
+            x, keys_values, routed = layer(x, cos, sin, attend, execution)
+            load = None if routed is None else router_load(routed[0], routed[1], segments_BT)
+            return _add_deepstack(x, index, deepstack), (keys_values, load)
 
         indices = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
-        x_BTH, keys_values = scan_layers(body, x_BTH, (self.layers, indices), **scan)
-        return self.norm(x_BTH), keys_values
+        x_BTH, (keys_values, load) = execution.scan(body, x_BTH, (self.layers, indices))
+        return self.norm(x_BTH), keys_values, load
 
-    def step(self, x_B1H, cos, sin, keys, values, lengths_B):
+    def step(self, x_B1H, cos, sin, keys, values, lengths_B, execution: Execution):
         """Runs the layers over one new token a row, reading and extending the cache in place.
 
         The cache is carried through the scan, not scanned over: as scanned input and output it would be copied whole.
@@ -154,7 +168,7 @@ class Decoder(nnx.Module):
                 y = attention(q, *mine, q_segments_BT=ones_B1, kv_segments_BS=filled_BS, causal=False)
                 return y, (new_keys, new_values)
 
-            x, (keys, values) = layer(x, cos, sin, attend)
+            x, (keys, values), _ = layer(x, cos, sin, attend, execution)
             return (x, keys, values), None
 
         indices = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)

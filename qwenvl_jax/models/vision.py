@@ -19,9 +19,10 @@ from flax import nnx
 from qwenvl_jax.batch import VisionRows
 from qwenvl_jax.config import VisionConfig
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, LayerNorm, Linear, RMSNorm, scan_layers
-from qwenvl_jax.ops.attention import attention
+from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, LayerNorm, Linear, RMSNorm
 from qwenvl_jax.ops.rope import rotate, vision_cos_sin
+from qwenvl_jax.ops.row_attention import vision_attention
+from qwenvl_jax.parallel.placement import Execution
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -42,13 +43,14 @@ class VisionAttention(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, stack, rngs, dtype):
         D, N = config.hidden_size, config.num_heads
-        heads = {"heads": N, "head_dim": D // N}
-        self.qkv = Linear({"embed": D}, {"qkv": 3, **heads}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
-        self.proj = Linear(heads, {"embed": D}, use_bias=True, gain=RESIDUAL_GAIN, stack=stack, rngs=rngs, dtype=dtype)
+        embed, heads = {"vision_embed": D}, {"vision_heads": N, "head_dim": D // N}
+        make = {"use_bias": True, "stack": stack, "rngs": rngs, "dtype": dtype}
+        self.qkv = Linear(embed, {"qkv": 3, **heads}, **make)
+        self.proj = Linear(heads, embed, gain=RESIDUAL_GAIN, **make)
 
-    def __call__(self, x_BLD, cos, sin, attend):
-        """`attend(q, k, v) -> [B, L, N, E]` decides which patches see each other."""
-        qkv = self.qkv(x_BLD)
+    def __call__(self, x_GRLD, cos, sin, attend):
+        """`attend(q, k, v) -> [G, R, L, N, E]` decides which patches see each other."""
+        qkv = self.qkv(x_GRLD)
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         # The tower turns queries and keys in f32 whatever the activations are; the decoder does not.
         q = rotate(q.astype(jnp.float32), cos, sin).astype(v.dtype)
@@ -60,11 +62,10 @@ class VisionMLP(nnx.Module):
     """Two layers with the tower's activation between them."""
 
     def __init__(self, config: VisionConfig, *, stack, rngs, dtype):
-        D, F = config.hidden_size, config.intermediate_size
-        self.fc1 = Linear({"embed": D}, {"mlp": F}, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
-        self.fc2 = Linear(
-            {"mlp": F}, {"embed": D}, use_bias=True, gain=RESIDUAL_GAIN, stack=stack, rngs=rngs, dtype=dtype
-        )
+        embed, mlp = {"vision_embed": config.hidden_size}, {"vision_mlp": config.intermediate_size}
+        make = {"use_bias": True, "stack": stack, "rngs": rngs, "dtype": dtype}
+        self.fc1 = Linear(embed, mlp, **make)
+        self.fc2 = Linear(mlp, embed, gain=RESIDUAL_GAIN, **make)
         self.act = config.hidden_act
 
     def __call__(self, x):
@@ -75,7 +76,7 @@ class VisionGatedMLP(nnx.Module):
     """down(act(gate x) * up x), with biases."""
 
     def __init__(self, config: VisionConfig, *, stack, rngs, dtype):
-        embed, mlp = {"embed": config.hidden_size}, {"mlp": config.intermediate_size}
+        embed, mlp = {"vision_embed": config.hidden_size}, {"vision_mlp": config.intermediate_size}
         make = {"use_bias": True, "stack": stack, "rngs": rngs, "dtype": dtype}
         self.gate = Linear(embed, mlp, **make)
         self.up = Linear(embed, mlp, **make)
@@ -96,9 +97,12 @@ class VisionBlock(nnx.Module):
         mlp = VisionGatedMLP if config.gated_mlp else VisionMLP
         self.mlp = mlp(config, stack=stack, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x, cos, sin, attend):
-        x = x + self.attn(self.norm1(x), cos, sin, attend)
-        return x + self.mlp(self.norm2(x))
+    def __call__(self, x_GRLD, cos, sin, attend, execution: Execution):
+        def placed(x):
+            return execution.constrain(x, "groups", "vision_rows", None, None)
+
+        x_GRLD = placed(x_GRLD + self.attn(self.norm1(x_GRLD), cos, sin, attend))
+        return placed(x_GRLD + self.mlp(self.norm2(x_GRLD)))
 
 
 class VisionTower(nnx.Module):
@@ -108,31 +112,32 @@ class VisionTower(nnx.Module):
         D = config.hidden_size
         self.config = config
         self.patch_embed = Linear(
-            {"patch": config.patch_dim}, {"embed": D}, use_bias=config.patch_bias, rngs=rngs, dtype=dtype
+            {"patch": config.patch_dim}, {"vision_embed": D}, use_bias=config.patch_bias, rngs=rngs, dtype=dtype
         )
         entries = config.num_position_embeddings
-        self.pos_embed = Embed(entries, D, axes=("position", "embed"), rngs=rngs, dtype=dtype) if entries else None
+        self.pos_embed = (
+            Embed(entries, D, axes=("position", "vision_embed"), rngs=rngs, dtype=dtype) if entries else None
+        )
         self.blocks = VisionBlock(config, stack=config.depth, rngs=rngs, dtype=dtype)
 
-    def __call__(self, rows: VisionRows, dtype, **scan):
+    def __call__(self, rows: VisionRows, dtype, execution: Execution):
         """Runs the tower over the rows of one length bucket.
 
         Args:
           rows: the patches; see `VisionRows`.
           dtype: of the activations.
-          **scan: see `scan_layers`.
+          execution: how.
 
         Returns:
           (last [G, R, L, D], taps [Kd, G, R, L, D]): the last block's output, and those of the DeepStack layers.
         """
-        G, R, L, _ = rows.patches.shape
         x = self.patch_embed(normalise(rows, self.config).astype(dtype))
         if self.pos_embed is not None:
-            x = x + self._positions(rows).astype(dtype)
+            x = x + self._positions(rows, execution).astype(dtype)
+        x = execution.constrain(x, "groups", "vision_rows", None, None)
         D, taps = x.shape[-1], self.config.deepstack_visual_indexes
-        x = x.reshape(G * R, L, D)
-        attend_in = self._attention(rows)
-        cos, sin = vision_cos_sin(rows.coords.reshape(G * R, L, 2), D // self.config.num_heads)
+        attend_in = self._attention(rows, execution)
+        cos, sin = vision_cos_sin(rows.coords, D // self.config.num_heads)
 
         # Where each layer leaves its output: slot k for the k-th DeepStack layer, a spare last slot for the others.
         slots = [taps.index(i) if i in taps else len(taps) for i in range(self.config.depth)]
@@ -141,44 +146,44 @@ class VisionTower(nnx.Module):
         def body(carry, layer):
             x, kept = carry
             block, slot, full = layer
-            x = block(x, cos, sin, attend_in(full))
+            x = block(x, cos, sin, attend_in(full), execution)
             if taps:
                 kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
             return (x, kept), None
 
         kept = jnp.zeros((len(taps) + 1 if taps else 0, *x.shape), dtype)
+        kept = execution.constrain(kept, None, "groups", "vision_rows", None, None)
         layers = (self.blocks, jnp.asarray(slots, jnp.int32), jnp.asarray(full))
-        (x, kept), _ = scan_layers(body, (x, kept), layers, **scan)
-        return x.reshape(G, R, L, D), kept[: len(taps)].reshape(-1, G, R, L, D)
+        (x, kept), _ = execution.scan(body, (x, kept), layers)
+        return x, kept[: len(taps)]
 
-    def _attention(self, rows: VisionRows):
+    def _attention(self, rows: VisionRows, execution: Execution):
         """Returns `attend_in(full)`, a layer's `attend(q, k, v)`: over frames if `full`, else over windows."""
-        L = rows.segment_ids.shape[-1]
-        frames_BL = rows.segment_ids.reshape(-1, L)
 
         def over_frames(q, k, v):
-            return attention(q, k, v, q_segments_BT=frames_BL, kv_segments_BS=frames_BL, causal=False)
+            return vision_attention(q, k, v, rows.segment_ids, execution)
 
         if not self.config.window_size:
             return lambda full: over_frames
-        if rows.windows is None:
+        windows_GRL = rows.windows
+        if windows_GRL is None:
             raise ConfigError(
                 "the batch has no attention windows, but vision.window_size="
                 f"{self.config.window_size}; make it with the processor of this model."
             )
-        windows_BL = rows.windows.reshape(-1, L)
         span = (self.config.window_cells * self.config.spatial_merge_size) ** 2
 
         def over_windows(q, k, v):
-            return attention(q, k, v, q_segments_BT=windows_BL, kv_segments_BS=windows_BL, causal=False, span=span)
+            return vision_attention(q, k, v, windows_GRL, execution, span=span)
 
         return lambda full: lambda q, k, v: jax.lax.cond(full, over_frames, over_windows, q, k, v)
 
-    def _positions(self, rows: VisionRows):
+    def _positions(self, rows: VisionRows, execution: Execution):
         """The learned square table, resized bilinearly (corners aligned) to each frame: f32[G, R, L, D]."""
         assert self.pos_embed is not None  # asked for only where there is a table
         side = round(self.config.num_position_embeddings**0.5)
-        table = self.pos_embed.table[...].astype(jnp.float32)
+        # Whole on every device before it is read at four places.
+        table = execution.constrain(self.pos_embed.table[...], None, None).astype(jnp.float32)
         steps = jnp.maximum(rows.sizes - 1, 1).astype(jnp.float32)
         at = rows.coords.astype(jnp.float32) * jnp.float32(side - 1) / steps
         low = jnp.clip(jnp.floor(at).astype(jnp.int32), 0, side - 1)

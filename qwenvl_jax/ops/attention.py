@@ -9,12 +9,15 @@ _MAX_BLOCKS = 8
 _MIN_BLOCK = 128
 
 
-def attention(q_BTNE, k_BSKE, v_BSKE, *, q_segments_BT, kv_segments_BS, causal: bool, span: int | None = None):
+def attention(
+    q_BTNE, k_BSKE, v_BSKE, *, q_segments_BT, kv_segments_BS, causal: bool, span: int | None = None, first=None
+):
     """Scaled dot-product attention within segments.
 
     Query head n reads key/value head n // (N // K). A query sees the keys of its own segment; where `causal`, only
-    those at or before its own slot (queries and keys then share their slots, T == S). Scores and softmax are f32.
-    Queries of padding (segment 0) see the padding of their row, so that every row of the softmax is finite.
+    those at or before its own slot (queries and keys then share their slots, T == S, unless `first` is given). Scores
+    and softmax are f32. Queries of padding (segment 0) see the padding of their row, so that every row of the softmax
+    is finite.
 
         segments 1 1 2 2, causal:   x . . .
                                     x x . .
@@ -29,6 +32,8 @@ def attention(q_BTNE, k_BSKE, v_BSKE, *, q_segments_BT, kv_segments_BS, causal: 
       causal: whether a query is limited to earlier slots.
       span: a promise that every segment (but padding) is at most so many consecutive slots; each query is then compared
         with the keys near it alone, so that cost grows with T and not with its square. Not with `causal`; T == S.
+      first: i32[], the slot of the first query among the keys; 0 without it. Only with `causal`. Keys after the last
+        query are then compared and masked, since where it stands is known to the device alone.
 
     Returns:
       [B, T, N, E] in the dtype of the queries.
@@ -44,11 +49,11 @@ def attention(q_BTNE, k_BSKE, v_BSKE, *, q_segments_BT, kv_segments_BS, causal: 
     outputs = []
     for start in range(0, T, block):
         stop = min(start + block, T)
-        seen = stop if causal else S
+        seen = stop if causal and first is None else S
         allowed_BTS = q_segments_BT[:, start:stop, None] == kv_segments_BS[:, None, :seen]
         if causal:
             slots_T, slots_S = jnp.arange(start, stop)[:, None], jnp.arange(seen)[None, :]
-            allowed_BTS &= (slots_T >= slots_S)[None]
+            allowed_BTS &= (slots_T + (0 if first is None else first) >= slots_S)[None]
         outputs.append(
             _attend(q_BKNTE[:, :, :, start:stop], k_BKES[..., :seen], v_BKSE[:, :, :seen], allowed_BTS[:, None, None])
         )

@@ -44,19 +44,23 @@ def experts_mlp(x_NH, shares_Nk, experts_Nk, gate_up_XH2F, down_XFH):
     Returns:
       [N, H] in the dtype of the tokens; summed over a token's experts in f32.
     """
-    N, H = x_NH.shape
-    X, _, _, F = gate_up_XH2F.shape
-    k = experts_Nk.shape[1]
+    (N, H), k, X = x_NH.shape, experts_Nk.shape[1], gate_up_XH2F.shape[0]
     flat = experts_Nk.reshape(-1)
     order = jnp.argsort(flat)
     sizes_X = jnp.bincount(flat, length=X).astype(jnp.int32)
     rows = jnp.take(x_NH, order // k, axis=0)
-    gate_up = grouped_product(rows, gate_up_XH2F.reshape(X, H, 2 * F), sizes_X)
-    hidden = jax.nn.silu(gate_up[:, :F]) * gate_up[:, F:]
-    out = grouped_product(hidden, down_XFH, sizes_X)
+    out = grouped_mlp(rows, gate_up_XH2F, down_XFH, sizes_X)
     out = out * jnp.take(shares_Nk.reshape(-1), order)[:, None]
     back = jnp.take(out, jnp.argsort(order), axis=0).reshape(N, k, H)
     return jnp.sum(back.astype(jnp.float32), axis=1).astype(x_NH.dtype)
+
+
+def grouped_mlp(rows_PH, gate_up_XH2F, down_XFH, sizes_X):
+    """down(silu(gate x) * up x) of each run of rows with the weights of its expert: [P, H]; see `grouped_product`."""
+    X, H, _, F = gate_up_XH2F.shape
+    gate_up = grouped_product(rows_PH, gate_up_XH2F.reshape(X, H, 2 * F), sizes_X)
+    hidden = jax.nn.silu(gate_up[:, :F]) * gate_up[:, F:]
+    return grouped_product(hidden, down_XFH, sizes_X)
 
 
 def grouped_product(rows_PH, kernels_XHF, sizes_X):
@@ -65,10 +69,10 @@ def grouped_product(rows_PH, kernels_XHF, sizes_X):
     Args:
       rows_PH: [P, H], sorted by group.
       kernels_XHF: [X, H, F].
-      sizes_X: i32[X], rows of each group; their sum is P.
+      sizes_X: i32[X], rows of each group; their sum is at most P.
 
     Returns:
-      [P, F].
+      [P, F]; what stands in rows of no group means nothing, and they get no gradient.
     """
     # XLA's CPU backend multiplies all rows with every group's matrix in a ragged product.
     return jax.lax.platform_dependent(

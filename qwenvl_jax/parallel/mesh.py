@@ -1,23 +1,31 @@
 """Device meshes. One device is a mesh of one, so that there is no second path for it."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from qwenvl_jax.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor", "context", "expert")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+# Axes that may span slices, whose network (DCN) is slow: what crosses it is a gradient, or a shard of weights, a step.
+_ACROSS_SLICES = ("data", "fsdp")
 
 
-def make_mesh(devices=None, **sizes: int) -> Mesh:
-    """Makes a mesh with the axes data, fsdp, tensor, context and expert.
+def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+    """Makes a mesh with the axes data, fsdp, expert, context and tensor, the last one between the nearest devices.
+
+    Devices of several TPU slices are laid out with the slices outermost: along `data` if it is a multiple of their
+    number, else along `fsdp`.
 
     Args:
       devices: a list of devices; all devices by default.
       **sizes: the size of an axis, by name; those left out are 1. Without any, `fsdp` takes every device.
 
     Raises:
-      ConfigError: an unknown axis, or sizes whose product is not the number of devices.
+      ConfigError: an unknown axis, sizes whose product is not the number of devices, or that slices do not divide.
     """
     devices = jax.devices() if devices is None else devices
     unknown = sorted(set(sizes) - set(AXES))
@@ -30,7 +38,25 @@ def make_mesh(devices=None, **sizes: int) -> Mesh:
             f"mesh {dict(zip(AXES, shape, strict=True))} needs {np.prod(shape)} devices, but there are {len(devices)}; "
             "change a size so that the product fits."
         )
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in the shape of a mesh, neighbours on the network where they talk most."""
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return np.asarray(devices).reshape(shape)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    for axis in map(AXES.index, (name for name in AXES if name in _ACROSS_SLICES)):
+        if shape[axis] % len(slices) == 0:
+            across = tuple(len(slices) if number == axis else 1 for number in range(len(shape)))
+            within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
+            return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    raise ConfigError(
+        f"mesh {dict(zip(AXES, shape, strict=True))} over {len(slices)} slices: data or fsdp must be a multiple of "
+        f"{len(slices)}, for the other axes are too talkative for the network between slices."
+    )
 
 
 def single_device_mesh(device=None) -> Mesh:

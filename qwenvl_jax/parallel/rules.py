@@ -1,38 +1,99 @@
-"""Where weights live: logical axes of a weight to axes of the mesh, as data.
+"""Where weights and activations live: logical axes to axes of the mesh, as data.
 
-A weight names its axes once, where it is declared ("embed", "heads", ...). The table below says which mesh axis each
-is split over. What does not fit raises, naming the weight: nothing is replicated in silence.
+A weight names its axes once, where it is declared ("embed", "heads", ...), and so does an activation where it is held
+in place. A table below says over which mesh axes each is split. What does not fit raises, naming the weight: nothing
+is replicated in silence.
 """
 
-import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.parallel.mesh import AXES
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# Fully sharded over `fsdp` along the model width, over `tensor` along heads, feed-forward and vocabulary.
-# Small per-head vectors and the layer axis of a stack stay whole.
-DEFAULT_RULES: Rules = {
+# Mesh axes that share the rows of a batch and its vision groups.
+BATCH_AXES = ("data", "fsdp", "expert")
+
+# Activations, and what is too small to split, alike in every table. A group's vision rows are spread over the axes
+# along which its text rows are split some other way, so that no device does the tower's work twice.
+_COMMON: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "groups": BATCH_AXES,
+    "tokens": "context",
+    "vision_rows": ("context", "tensor"),
     "layers": None,
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
     "head_dim": None,
-    "mlp": "tensor",
     "gate_up": None,
-    "experts": "expert",
-    "vocab": "tensor",
+    "qkv": None,
     "norm": None,
     "patch": None,
     "position": None,
-    "qkv": None,
-    "merged": "tensor",
+    "router": None,
+    "vision_heads": None,
+    "vision_mlp": None,
+    "merged": None,
+    "adapter": None,
 }
+_TENSOR: dict[str, str | tuple[str, ...] | None] = {
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "experts": "expert",
+    "expert_mlp": "tensor",
+}
+
+# Weights. "fsdp_tensor": over `fsdp` along the model width, over `tensor` along heads, feed-forward and vocabulary.
+# "zero": the same, and the width also over the axes that otherwise hold copies, for the largest models and the longest
+# rows. "replicated": every device has all weights (but experts, and what `tensor` splits), as adapters on a small model
+# like it.
+TABLES: Mapping[str, Rules] = {
+    "fsdp_tensor": _COMMON | _TENSOR | {"embed": "fsdp", "vision_embed": "fsdp", "expert_embed": "fsdp"},
+    "zero": _COMMON
+    | _TENSOR
+    | {
+        "embed": ("fsdp", "expert", "context"),
+        "vision_embed": ("fsdp", "expert", "context"),
+        "expert_embed": ("fsdp", "context"),
+    },
+    "replicated": _COMMON | _TENSOR | {"embed": None, "vision_embed": None, "expert_embed": None},
+}
+DEFAULT_RULES = TABLES["fsdp_tensor"]
+
+
+def make_rules(table: str, overrides: Iterable[tuple[str, tuple[str, ...]]] = ()) -> Rules:
+    """A named table with some of its rules replaced.
+
+    Args:
+      table: a name in `TABLES`.
+      overrides: pairs (logical axis, the mesh axes it is split over, none to hold it whole).
+
+    Raises:
+      ConfigError: an unknown table, logical axis or mesh axis.
+    """
+    if table not in TABLES:
+        raise ConfigError(f"unknown sharding rules {table!r}; the tables are {', '.join(TABLES)}.")
+    rules = dict(TABLES[table])
+    for axis, target in overrides:
+        if axis not in rules:
+            raise ConfigError(f"sharding rule for unknown logical axis {axis!r}; the axes are {', '.join(rules)}.")
+        unknown = [name for name in target if name not in AXES]
+        if unknown:
+            raise ConfigError(f"sharding rule {axis!r}: unknown mesh axis {unknown[0]!r}; they are {', '.join(AXES)}.")
+        rules[axis] = tuple(target)
+    return rules
+
+
+def mesh_axes(axis: str | None, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
+    """The mesh axes that a logical axis is split over; those of size 1 split nothing and are left out."""
+    target = None if axis is None else rules[axis]
+    names = (target,) if isinstance(target, str) else tuple(target or ())
+    return tuple(name for name in names if mesh.shape[name] > 1)
 
 
 def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
@@ -46,10 +107,7 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str, ...], mes
     for size, axis in zip(shape, axes, strict=True):
         if axis not in rules:
             raise ConfigError(f"{name}: no sharding rule for its axis {axis!r}; the rules know {', '.join(rules)}.")
-        target = rules[axis]
-        names = (target,) if isinstance(target, str) else tuple(target or ())
-        # A mesh axis of size 1 splits nothing, so it can neither collide nor fail to divide.
-        names = tuple(n for n in names if mesh.shape[n] > 1)
+        names = mesh_axes(axis, mesh, rules)
         for mesh_axis in names:
             if mesh_axis in used:
                 raise ConfigError(
@@ -57,13 +115,12 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str, ...], mes
                     "map one of them to another axis or to None."
                 )
             used[mesh_axis] = axis
-        parts = 1
-        for mesh_axis in names:
-            parts *= mesh.shape[mesh_axis]
+        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in names)
         if size % parts:
+            fitting = ", ".join(str(n) for n in range(1, parts + 1) if size % n == 0)
             raise ConfigError(
                 f"{name}: axis {axis!r} of size {size} cannot be split {parts} ways over mesh axis {'*'.join(names)}; "
-                "use a size that divides it, or map the axis to None."
+                f"use a size that divides it ({fitting}), or map the axis to None."
             )
         spec.append(names if len(names) > 1 else (names[0] if names else None))
     return PartitionSpec(*spec)
@@ -79,32 +136,3 @@ def param_shardings(state: nnx.State, mesh: Mesh, rules: Rules = DEFAULT_RULES) 
         return variable.replace(NamedSharding(mesh, spec))
 
     return nnx.map_state(one, state)
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How every leaf of a `Batch` is placed: the leading axis over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-
-
-def shard_batch(batch, mesh: Mesh):
-    """Puts a `Batch` on `mesh`, split along its leading axes.
-
-    Args:
-      batch: the whole, or where the mesh spans several processes, each one's part: the rows and groups that follow
-        those of the process before.
-
-    Raises:
-      ConfigError: rows or groups that the mesh's data axes do not divide.
-    """
-    processes = len({device.process_index for device in mesh.devices.flat})
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if leaf.shape[0] * processes % parts:
-            raise ConfigError(
-                f"batch{jax.tree_util.keystr(path)} has {leaf.shape[0] * processes} rows or groups, which data * fsdp "
-                f"= {parts} devices do not divide; use a multiple."
-            )
-    if processes == 1:
-        return jax.device_put(batch, batch_sharding(mesh))
-    put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
-    return jax.tree.map(put, batch)

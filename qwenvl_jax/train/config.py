@@ -15,6 +15,7 @@ from qwenvl_jax.data.facts import MEASURE_AT_MOST
 from qwenvl_jax.data.mixture import MixturePart, VideoBudget
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.parallel.placement import Backend, Remat
 
 # Settings that say how a run is carried out, not what it computes.
 RUNTIME_FIELDS = frozenset(
@@ -139,6 +140,33 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """Steps that are left out: weights and optimizer stay as they were, and the log names the samples.
+
+    A step whose loss or gradient is not finite is always left out.
+
+    Attributes:
+      max_loss: a loss above this is left out; 0 for no bound.
+      max_grad_norm: a gradient of a larger global norm is left out; 0 for no bound.
+      spike: a gradient of more than so many times the running mean norm is left out; 0 for no bound.
+      spike_after: steps before `spike` counts.
+      abort_after: the run ends when a stage has left out more steps than this.
+    """
+
+    max_loss: float = 0.0
+    max_grad_norm: float = 0.0
+    spike: float = 0.0
+    spike_after: int = 100
+    abort_after: int = 10
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not value >= 0 or (field.name == "spike" and 0 < value <= 1):
+                raise ConfigError(f"guard.{field.name}={value} must be 0 or more (spike: 0, or more than 1).")
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One stage of a curriculum.
 
@@ -153,8 +181,11 @@ class StageConfig:
       loss: normalisation: "token" weighs supervised tokens alike, "sample" samples alike, "sqrt" a sample of N
         supervised tokens by the square root of N (an interpretation of the Qwen3-VL report, section 3).
       loss_chunk: tokens whose logits are held at a time.
-      remat: make activations again in the backward pass in place of keeping them.
-      unroll: write the layers out in the compiled step in place of looping over them; faster for small models on CPU.
+      microbatches: parts in which a batch is taken, one after another; memory holds the activations of one.
+      router_balance: weight of the load balance of a decoder with experts, beside the loss.
+      router_z: weight of its router's z-loss.
+      guard: which steps are left out.
+      remat, unroll, attention: how the model is run; see `qwenvl_jax.parallel.placement.Execution`.
     """
 
     name: str
@@ -166,24 +197,39 @@ class StageConfig:
     trainable: str = "all"
     loss: Literal["token", "sample", "sqrt"] = "sqrt"
     loss_chunk: int = 1024
-    remat: bool = False
+    microbatches: int = 1
+    router_balance: float = 0.0
+    router_z: float = 0.0
+    guard: GuardConfig = GuardConfig()
+    remat: Remat = "none"
     unroll: bool = False
+    attention: Backend = "auto"
 
     def __post_init__(self):
-        for field, least in (("steps", 1), ("loss_chunk", 1)):
-            if getattr(self, field) < least:
-                raise ConfigError(f"stage {self.name}: {field}={getattr(self, field)} must be at least {least}.")
+        least = {"steps": 1, "loss_chunk": 1, "microbatches": 1, "router_balance": 0, "router_z": 0}
+        for field, bound in least.items():
+            if not getattr(self, field) >= bound:
+                raise ConfigError(f"stage {self.name}: {field}={getattr(self, field)} must be at least {bound}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; `fsdp=0` takes all that the others leave, else the first ones are used."""
+    """The devices of a run, and what is split over them.
+
+    Attributes:
+      data, fsdp, expert, context, tensor: devices along each mesh axis; `fsdp=0` takes all that the others leave, else
+        the first ones are used. Rows of a batch are shared by data * fsdp * expert, the tokens of a row by context.
+      rules: a table of `qwenvl_jax.parallel.rules`.
+      override: rules that differ from the table: pairs (logical axis, mesh axes; none holds it whole).
+    """
 
     data: int = 1
     fsdp: int = 0
-    tensor: int = 1
-    context: int = 1
     expert: int = 1
+    context: int = 1
+    tensor: int = 1
+    rules: str = "fsdp_tensor"
+    override: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from qwenvl_jax.data.packing import AUTO, Plan, fill, misfit
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.train.config import StageConfig, TrainConfig
+from qwenvl_jax.train.devices import with_vision_rows
 from qwenvl_jax.train.quarantine import FILE
 
 _LOOKED_AT = 20  # steps whose fill is told
@@ -50,6 +51,11 @@ class Stage:
     samples: int
     failures: tuple[Failure, ...]
 
+    def samples_of(self, step: int) -> list[str]:
+        """Names of the samples in step `step` of the run."""
+        plan = self.loader.plan
+        return [plan.facts[entry].name for row in plan[step - 1 - self.begin] for entry in row]
+
     def batches(self, done: int, plan: str = "", say: Callable[[str], None] = lambda line: None):
         """A new iterator over the batches of the stage that follow step `done` of the run.
 
@@ -72,12 +78,17 @@ class Stage:
         )
 
 
-def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -> tuple[Stage, ...]:
+def prepare_stages(
+    config: TrainConfig, processor, say: Callable[[str], None], *, vision_rows_multiple: int = 1
+) -> tuple[Stage, ...]:
     """Measures and plans the data of every stage, so that a run that cannot go through does not begin.
 
     Stages that read the same data alike share its facts; stages with the same `cache_bytes` share that room and what is
     in it.
     Samples that are malformed, or can never fit the stage's batches, are left out, as long as they are few.
+
+    Args:
+      vision_rows_multiple: what the vision rows of a group are a multiple of, where a stage leaves them open.
 
     Raises:
       DataError: data that is missing, or too many samples that cannot be used; names the stage.
@@ -113,6 +124,7 @@ def prepare_stages(config: TrainConfig, processor, say: Callable[[str], None]) -
             }
             merge = processor.merge_size**2
             shape = with_buckets(stage.batch, mixture.facts, merge=merge, **drawing)
+            shape = with_vision_rows(shape, vision_rows_multiple)
             plan = Plan(mixture.facts, shape, window=data.window, shuffle=data.shuffle, steps=stage.steps, **drawing)
             room = kept.setdefault(data.cache_bytes, Kept(data.cache_bytes))
             fetching = processor.fetching(data.remote_media)

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import signal
 import threading
 import time
@@ -30,19 +29,19 @@ from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.parallel.host_memory import keep_freed_memory
-from qwenvl_jax.parallel.mesh import make_mesh
-from qwenvl_jax.parallel.rules import shard_batch
+from qwenvl_jax.parallel.placement import Execution, shard_batch
 from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train import run_folder
 from qwenvl_jax.train.config import TrainConfig, fingerprint
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.curriculum import Stage, prepare_stages
+from qwenvl_jax.train.devices import mesh_of
 from qwenvl_jax.train.metrics import MetricsLog, TimingLog
 from qwenvl_jax.train.optimizer import make_optimizer
 from qwenvl_jax.train.overrides import apply_overrides
 from qwenvl_jax.train.progress import Progress
 from qwenvl_jax.train.quarantine import Quarantine
-from qwenvl_jax.train.state import ModelParts, Params, TrainState
+from qwenvl_jax.train.state import GuardState, ModelParts, Params, TrainState
 from qwenvl_jax.train.step import make_step
 
 _WORTH_TELLING = 0.1  # share of a stage's time spent waiting for batches
@@ -121,19 +120,22 @@ class _Run:
         self.config, self.out, self.progress, self.on_step = config, out, progress, on_step
         self.say = progress.say
         keep_freed_memory()
-        self.mesh = _make_mesh(config)
+        self.mesh, self.rules = mesh_of(config)
         origin = config.processor or config.init or config.model
         if isinstance(origin, QwenVLConfig):
             raise ConfigError("processor is empty; give the folder of a tokenizer and preprocessor settings.")
         self.processor = Processor.from_pretrained(origin)
         shape = config.model if isinstance(config.model, QwenVLConfig) else _shape_of(config.model)
         _check_ids(shape, self.processor)
-        self.parts = ModelParts(shape, dtype=config.dtype, param_dtype=config.param_dtype, mesh=self.mesh)
+        self.parts = ModelParts(
+            shape, dtype=config.dtype, param_dtype=config.param_dtype, mesh=self.mesh, rules=self.rules
+        )
         for stage in config.stages:
             self.parts.select(stage.trainable)
         settings = fingerprint(dataclasses.replace(config, model=shape, processor=""))
         run_folder.check(out, settings)
-        self.stages = prepare_stages(config, self.processor, self.say)
+        multiple = Execution(self.mesh, self.rules).split("vision_rows")
+        self.stages = prepare_stages(config, self.processor, self.say, vision_rows_multiple=multiple)
         self.fingerprint = settings | {f"stages.{stage.index}.data.digest": stage.digest for stage in self.stages}
         run_folder.check(out, self.fingerprint)
         run_folder.write_atomically(out / "config.json", json.dumps(self.fingerprint, indent=2) + "\n")
@@ -191,13 +193,13 @@ class _Run:
             planned = next(batches)
             wait = time.monotonic() - asked
             self._leave_out(stage, done + 1, planned.failed)
-            batch = shard_batch(planned.batch, self.mesh)
+            batch = shard_batch(planned.batch, self.mesh, self.rules)
             if compiled is None:
                 compiled = self._compile(stage, state, frozen, batch)
-            state, loss = compiled(state, frozen, batch)
+            state, output = compiled(state, frozen, batch)
             done, plan = done + 1, planned.state
             line = {"step": done, "tokens": planned.tokens, "batch": planned.hash, "stage": stage.config.name}
-            self._written(metrics.push(line, loss))
+            self._written(metrics.push(line, output))
             self.timings.push(done, wait)
             self.progress.waited(wait)
             if done == stage.end or done % self.config.checkpoint_every == 0:
@@ -238,9 +240,30 @@ class _Run:
     def _written(self, line: dict[str, Any] | None) -> None:
         if line is None:
             return
+        self._tell_skipped(line)
         self.progress.update(line)
         if self.on_step is not None:
             self.on_step(line)
+
+    def _tell_skipped(self, line: dict[str, Any]) -> None:
+        """Tells of a step that was left out, and ends the run when a stage has too many.
+
+        Raises:
+          DataError: more than its `guard.abort_after`.
+        """
+        if not line.get("skipped"):
+            return
+        stage = next(stage for stage in self.stages if stage.config.name == line["stage"])
+        samples = ", ".join(stage.samples_of(line["step"]))
+        figures = f"loss {line['loss']}, gradient norm {line['grad_norm']}"
+        self.say(f"step {line['step']}: left out, weights stay as they were: {figures}; its samples: {samples}")
+        bound = stage.config.guard.abort_after
+        if line["skipped"] > bound:
+            raise DataError(
+                f"stage {line['stage']}, step {line['step']}: {line['skipped']} steps were left out, more than "
+                f"guard.abort_after={bound} ({figures}); look at the samples named in train.log, lower the learning "
+                "rate, or raise the bound."
+            )
 
     def _compile(self, stage: Stage, state, frozen, batch):
         """The step of a stage, compiled ahead for these shapes: called with others it raises, it never recompiles."""
@@ -277,7 +300,8 @@ class _Run:
     def _begun(self, stage: Stage, learning: Params) -> TrainState:
         """The state at the first step of a stage, nothing carried; traceable."""
         rng = jax.random.key_data(jax.random.key(self.config.seed))
-        return TrainState(jnp.zeros((), jnp.int32), learning, self._optimizer(stage).init(learning), rng)
+        opt_state = self._optimizer(stage).init(learning)
+        return TrainState(jnp.zeros((), jnp.int32), learning, opt_state, rng, GuardState.begun())
 
     def _fresh_state(self, stage: Stage, params: Params, before: TrainState | None) -> TrainState:
         """The state at the first step of a stage: the random key goes on, the optimizer only if the stage says so."""
@@ -343,24 +367,6 @@ def _check_ids(shape: QwenVLConfig, processor: Processor) -> None:
             f"model.text.vocab_size={shape.text.vocab_size} is smaller than the tokenizer's {entries} entries; "
             "raise it."
         )
-
-
-def _make_mesh(config: TrainConfig):
-    sizes, devices = dataclasses.asdict(config.mesh), jax.devices()
-    if sizes["fsdp"]:
-        devices = devices[: math.prod(sizes.values())]
-    else:
-        others = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
-        sizes["fsdp"] = max(len(devices) // others, 1)
-    mesh = make_mesh(devices, **sizes)
-    parts = sizes["data"] * sizes["fsdp"]
-    for stage in config.stages:
-        if stage.batch.rows % parts or (stage.batch.vision and stage.batch.groups % parts):
-            raise ConfigError(
-                f"stage {stage.name}: batch.rows={stage.batch.rows} and batch.groups={stage.batch.groups} must be "
-                f"multiples of the {parts} devices that share a batch (mesh.data * mesh.fsdp); change one of them."
-            )
-    return mesh
 
 
 @contextlib.contextmanager

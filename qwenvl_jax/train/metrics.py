@@ -1,12 +1,15 @@
 """`metrics.jsonl` and `timings.jsonl`: one line a step, and no step twice, however often the run was stopped."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from qwenvl_jax.train.step import StepOutput
 
 
 class MetricsLog:
@@ -24,21 +27,27 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab")
         self._file.truncate(_length_of(self.path, done))
-        self._pending: tuple[dict[str, Any], jax.Array] | None = None
+        self._pending: tuple[dict[str, Any], StepOutput] | None = None
 
-    def push(self, line: dict[str, Any], loss: jax.Array) -> dict[str, Any] | None:
-        """Takes a step's line and its loss, f32[] still being computed; writes and returns the line before it."""
+    def push(self, line: dict[str, Any], output: StepOutput) -> dict[str, Any] | None:
+        """Takes a step's line and what it gave, still being computed; writes and returns the line before it."""
         written = self.flush()
-        self._pending = (line, loss)
+        self._pending = (line, output)
         return written
 
     def flush(self) -> dict[str, Any] | None:
         """Writes the line that waits, if there is one, and returns it."""
         if self._pending is None:
             return None
-        line, loss = self._pending
+        line, output = self._pending
         self._pending = None
-        line = {"step": line["step"], "loss": float(loss), **line}
+        line = {
+            "step": line["step"],
+            "loss": _finite(output.loss),
+            **line,
+            "grad_norm": _finite(output.grad_norm),
+            **({"skipped": int(output.skipped)} if output.skipped else {}),
+        }
         # One write, so that another process sees whole lines.
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
@@ -85,6 +94,12 @@ class TimingLog:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _finite(value: jax.Array) -> float | None:
+    """A number, or None where it is none: JSON has no word for it."""
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:

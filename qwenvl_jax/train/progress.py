@@ -81,7 +81,8 @@ class Progress:
         self._shown = now
         seconds = max(now - self._began, 1e-9)
         left = (self._steps - self._done) * seconds / max(self._done - self._first, 1)
-        figures = f"loss {line['loss']:.4f}  {self._tokens / seconds:,.0f} tokens/s  {_clock(left)} left"
+        loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+        figures = f"loss {loss}  {self._tokens / seconds:,.0f} tokens/s  {_clock(left)} left"
         if self.wait_share >= _WAIT_SHOWN:
             figures += f"  waits for data {self.wait_share:.0%}"
         if self._bar is None:

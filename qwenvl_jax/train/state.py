@@ -15,7 +15,7 @@ from flax import nnx
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.models.qwenvl import QwenVL
-from qwenvl_jax.parallel.rules import param_shardings
+from qwenvl_jax.parallel.rules import DEFAULT_RULES, Rules, param_shardings
 
 Params = dict[str, jax.Array]
 
@@ -35,6 +35,35 @@ class WeightInfo:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class GuardState:
+    """What the guard of a stage remembers of its steps.
+
+    Attributes:
+      mean_norm: f32[], running mean of the gradient's norm over the steps that were taken.
+      seen: i32[], how many those are.
+      skipped: i32[], steps that were left out.
+    """
+
+    mean_norm: jax.Array
+    seen: jax.Array
+    skipped: jax.Array
+
+    @classmethod
+    def begun(cls) -> "GuardState":
+        """Before the first step."""
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def after(self, healthy, norm) -> "GuardState":
+        """After a step with this norm, which was taken if `healthy`."""
+        # A mean of all at first, then mostly of the last hundred.
+        share = jnp.float32(1) / (jnp.minimum(self.seen, 99) + 1).astype(jnp.float32)
+        mean = self.mean_norm + share * (norm - self.mean_norm)
+        one = healthy.astype(jnp.int32)
+        return GuardState(jnp.where(healthy, mean, self.mean_norm), self.seen + one, self.skipped + 1 - one)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """What a step takes and gives, donated.
 
@@ -43,12 +72,14 @@ class TrainState:
       params: the weights that learn.
       opt_state: the optimizer's.
       rng: u32[2], the run's random key, advanced by every step for whatever draws in it.
+      guard: what decides on spikes.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
     rng: jax.Array
+    guard: GuardState
 
 
 class ModelParts:
@@ -57,11 +88,11 @@ class ModelParts:
     Args:
       config: the shape.
       dtype, param_dtype: of activations and weights.
-      mesh: where weights live, by the rules of `qwenvl_jax.parallel.rules`.
+      mesh, rules: where weights live; see `qwenvl_jax.parallel.rules`.
     """
 
-    def __init__(self, config: QwenVLConfig, *, dtype, param_dtype, mesh):
-        self.config = config
+    def __init__(self, config: QwenVLConfig, *, dtype, param_dtype, mesh, rules: Rules = DEFAULT_RULES):
+        self.config, self.mesh, self.rules = config, mesh, rules
         self._make = lambda key: QwenVL(config, rngs=nnx.Rngs(params=key), dtype=dtype, param_dtype=param_dtype)
         self._graph, template = nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
         leaves, self._tree = jax.tree.flatten(template)
@@ -74,7 +105,7 @@ class ModelParts:
             )
             for name, leaf, (_, variable) in zip(self.names, leaves, variables, strict=True)
         }
-        shardings = jax.tree.leaves(param_shardings(template, mesh))
+        shardings = jax.tree.leaves(param_shardings(template, mesh, rules))
         self.shardings = dict(zip(self.names, shardings, strict=True))
 
     def random(self, seed: int) -> Params:

@@ -1,5 +1,10 @@
-"""The training step: a pure loss over the weights by name, its gradient, and the update."""
+"""The training step: a pure loss over the weights by name, its gradient, and the update.
 
+A batch may be taken in microbatches, whose gradients are summed: memory holds the activations of one of them. Every
+normaliser is that of the whole batch, whatever microbatch, group or device its parts lie on.
+"""
+
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -7,10 +12,35 @@ import jax.numpy as jnp
 import optax
 
 from qwenvl_jax.batch import Batch
-from qwenvl_jax.ops.losses import chunked_cross_entropy
+from qwenvl_jax.ops.losses import token_losses
+from qwenvl_jax.ops.router import balance_loss, z_loss
+from qwenvl_jax.parallel.context import balanced_batch
+from qwenvl_jax.parallel.placement import Execution
 from qwenvl_jax.train.config import StageConfig
 from qwenvl_jax.train.optimizer import learning_rate
 from qwenvl_jax.train.state import ModelParts, Params, TrainState
+
+Sums = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """What a step tells of itself.
+
+    Attributes:
+      loss: f32[], of the whole batch, before the update; without the router's terms.
+      grad_norm: f32[], global norm of the gradients, before they are clipped.
+      skipped: i32[], 0 if the step was taken, else how many steps of the stage have been left out with it.
+      sums: "experts" f32[Y, X], tokens sent to each expert of each layer; "router_balance" and "router_z" f32[], the
+        router's losses before their weights; with `Batch.classes` also "loss" and "weight" f32[classes], the weighted
+        losses and the weights of each class. Only what there is.
+    """
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    skipped: jax.Array
+    sums: Sums
 
 
 def normalised_weights(batch: Batch, kind: str):
@@ -32,38 +62,159 @@ def normalised_weights(batch: Batch, kind: str):
     return batch.loss_weights / (jnp.sqrt(sums_BT) if kind == "sqrt" else sums_BT)
 
 
+def make_execution(parts: ModelParts, stage: StageConfig) -> Execution:
+    """How a stage runs the model on the mesh of its weights."""
+    return Execution(
+        parts.mesh,
+        parts.rules,
+        remat=stage.remat,
+        unroll=stage.unroll,
+        attention=stage.attention,
+        balanced=parts.mesh.shape["context"] > 1,
+    )
+
+
 def make_loss(parts: ModelParts, stage: StageConfig) -> Callable[[Params, Batch], jax.Array]:
     """Returns `loss(params, batch) -> f32[]`, pure; never holds [tokens, V] in f32."""
+    summed = _make_objective(parts, stage)
 
     def loss(params: Params, batch: Batch):
-        model = parts.merge(params)
-        hidden_BTH = model.hidden(batch, remat=stage.remat, unroll=stage.unroll)
-        weights_BT = normalised_weights(batch, stage.loss)
-        head_HV = model.text.head_weight()
-        total = chunked_cross_entropy(hidden_BTH, head_HV, batch.targets, weights_BT, stage.loss_chunk)
-        weight = jnp.sum(weights_BT)
-        return total / jnp.where(weight > 0, weight, 1.0)
+        batch = _weighed(batch, stage.loss)
+        return summed(params, batch)[1]["total"] / _positive(jnp.sum(batch.loss_weights))
 
     return loss
 
 
 def make_step(parts: ModelParts, stage: StageConfig, optimizer: optax.GradientTransformation):
-    """Returns `step(state, frozen, batch) -> (state, loss f32[])`, to be compiled with the state donated.
+    """Returns `step(state, frozen, batch) -> (state, StepOutput)`, to be compiled with the state donated.
 
-    Frozen weights are an argument apart: no gradient is taken of them and the optimizer keeps nothing for them.
+    Frozen weights are an argument apart: no gradient is taken of them and the optimizer keeps nothing for them. A step
+    whose loss or gradient is not finite, or beyond the bounds of `stage.guard`, leaves weights and optimizer as they
+    were.
     """
-    loss = make_loss(parts, stage)
+    gradients_of = make_gradients(parts, stage)
     schedule = learning_rate(stage.optimizer, stage.steps)
 
     def step(state: TrainState, frozen: Params, batch: Batch):
-        value, gradients = jax.value_and_grad(lambda params: loss(params | frozen, batch))(state.params)
+        loss, gradients, sums = gradients_of(state.params, frozen, batch)
+        norm = optax.tree.norm(gradients).astype(jnp.float32)
+        healthy, guard = _guarded(stage, state.guard, loss, norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = schedule(state.step)
         params = {name: _moved(value, updates[name], rate) for name, value in state.params.items()}
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(healthy, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        skipped = jnp.where(healthy, 0, guard.skipped)
         rng = jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step))
-        return TrainState(state.step + 1, params, opt_state, rng), value
+        return TrainState(state.step + 1, params, opt_state, rng, guard), StepOutput(loss, norm, skipped, sums)
 
     return step
+
+
+def _make_objective(parts: ModelParts, stage: StageConfig):
+    """Returns `summed(params, batch) -> (f32[], sums)` of a batch whose weights are those of the loss.
+
+    The first is what is differentiated, to be divided by the weights of the whole batch: the weighted losses, and the
+    router's losses as if each supervised token had them, so that microbatches add up.
+    """
+    execution = make_execution(parts, stage)
+
+    def summed(params: Params, batch: Batch):
+        if execution.balanced:
+            batch = balanced_batch(batch, execution.split("tokens"))
+        model = parts.merge(params)
+        hidden_BTH, load = model.hidden_and_load(batch, execution)
+        losses_BT = token_losses(
+            hidden_BTH, model.text.head_weight(), batch.targets, chunk=stage.loss_chunk, execution=execution
+        )
+        weighted_BT = losses_BT * batch.loss_weights
+        total = jnp.sum(weighted_BT)
+        weight = jnp.sum(batch.loss_weights)
+        sums = {"total": total}
+        objective = total
+        if load:
+            balance, z = balance_loss(load), z_loss(load)
+            objective = objective + weight * (stage.router_balance * balance + stage.router_z * z)
+            sums |= {"experts": load["choices"], "router_balance": weight * balance, "router_z": weight * z}
+        return objective, sums
+
+    return summed
+
+
+def make_gradients(parts: ModelParts, stage: StageConfig):
+    """Returns `gradients(params, frozen, batch) -> (loss, gradients, sums)` of a whole batch."""
+    summed = _make_objective(parts, stage)
+    execution = make_execution(parts, stage)
+
+    def one(params: Params, frozen: Params, batch: Batch):
+        (_, sums), gradients = jax.value_and_grad(lambda p: summed(p | frozen, batch), has_aux=True)(params)
+        return gradients, sums
+
+    def gradients_of(params: Params, frozen: Params, batch: Batch):
+        batch = _weighed(batch, stage.loss)
+        weight = _positive(jnp.sum(batch.loss_weights))
+        if stage.microbatches == 1:
+            gradients, sums = one(params, frozen, batch)
+        else:
+            parts_of_batch = microbatches(batch, stage.microbatches, execution)
+            first = jax.tree.map(lambda x: x[0], parts_of_batch)
+            shapes = jax.eval_shape(one, params, frozen, first)
+            begun = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+
+            def add(total, part):
+                found = one(params, frozen, part)
+                return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, found), None
+
+            (gradients, sums), _ = jax.lax.scan(add, begun, parts_of_batch)
+        gradients = {
+            name: (value.astype(jnp.float32) / weight).astype(params[name].dtype) for name, value in gradients.items()
+        }
+        loss = sums.pop("total") / weight
+        for name in ("router_balance", "router_z"):
+            if name in sums:
+                sums[name] = sums[name] / weight
+        return loss, gradients, sums
+
+    return gradients_of
+
+
+def microbatches(batch: Batch, count: int, execution: Execution) -> Batch:
+    """A batch in `count` parts, along a new leading axis of every leaf.
+
+    Each device's rows and groups are divided, so that no row changes its device.
+    """
+    devices = execution.split("batch")
+
+    def divided(leaf):
+        each = leaf.shape[0] // (devices * count)
+        parts = leaf.reshape(devices, count, each, *leaf.shape[1:]).swapaxes(0, 1)
+        parts = parts.reshape(count, devices * each, *leaf.shape[1:])
+        return execution.constrain(parts, None, "batch", *(None,) * (leaf.ndim - 1))
+
+    return jax.tree.map(divided, batch)
+
+
+def _weighed(batch: Batch, kind: str) -> Batch:
+    return dataclasses.replace(batch, loss_weights=normalised_weights(batch, kind))
+
+
+def _positive(weight):
+    return jnp.where(weight > 0, weight, jnp.ones((), weight.dtype))
+
+
+def _guarded(stage: StageConfig, guard, loss, norm):
+    """Whether a step may change the weights, and the guard's state after it."""
+    bounds = stage.guard
+    healthy = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if bounds.max_loss:
+        healthy &= loss <= bounds.max_loss
+    if bounds.max_grad_norm:
+        healthy &= norm <= bounds.max_grad_norm
+    if bounds.spike:
+        # The mean is worth something once it has seen some steps.
+        healthy &= (guard.seen < bounds.spike_after) | (norm <= bounds.spike * guard.mean_norm)
+    return healthy, guard.after(healthy, norm)
 
 
 def _moved(weight, update, rate):

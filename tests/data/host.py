@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from qwenvl_jax.data.pipeline import BatchLoader, batches
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.parallel.mesh import make_mesh
-from qwenvl_jax.parallel.rules import shard_batch
+from qwenvl_jax.parallel.placement import shard_batch
 from qwenvl_jax.train.config import TrainConfig
 from qwenvl_jax.train.curriculum import prepare_stages
 from tests.data.mixed import mixed_config

@@ -16,7 +16,7 @@ from qwenvl_jax.generate import generate
 from qwenvl_jax.models.pretrained import load
 from qwenvl_jax.models.qwenvl import _at_vision
 from qwenvl_jax.parallel.mesh import make_mesh
-from qwenvl_jax.parallel.rules import shard_batch
+from qwenvl_jax.parallel.placement import Execution, shard_batch
 from tests.checkpoint.shape import TINY, random_model
 
 TABLE = np.broadcast_to(np.linspace(-1, 1, 256, dtype=np.float32), (3, 256))
@@ -93,7 +93,7 @@ def test_features_and_gradients_are_those_of_torch(side, method, window):
     x, cotangent = rng.standard_normal((2, 4, 90, H), np.float32)
 
     def show(features, x):
-        return _at_vision(x, features, batch, otherwise=x)
+        return _at_vision(x, features, batch, Execution(), otherwise=x)
 
     (found, pull) = jax.vjp(jax.jit(show), features, x)
     ours, ours_x = pull(cotangent)
@@ -181,7 +181,7 @@ def test_memory_does_not_grow_with_the_places(model):
         batch = collated([samples], length=512, pool_taps=taps)
 
         def loss(state, batch):
-            return jnp.sum(nnx.merge(graph, state).hidden(batch, remat=True))
+            return jnp.sum(nnx.merge(graph, state).hidden(batch, Execution(remat="full")))
 
         return jax.jit(jax.grad(loss)).lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 

@@ -11,6 +11,7 @@ from flax import nnx
 from qwenvl_jax.batch import VisionRows
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.models.pretrained import abstract
+from qwenvl_jax.parallel.placement import Execution
 from qwenvl_jax.presets import preset
 
 # The public tower of Qwen2.5-VL, a quarter of its layers: seven of eight attend within windows.
@@ -35,7 +36,7 @@ def tower_flops(config, patches: int) -> float:
 
     def run(state, rows):
         # Written out: the cost of a loop would be counted once.
-        return nnx.merge(graph, state).vision(rows, jnp.bfloat16, unroll=True)
+        return nnx.merge(graph, state).vision(rows, jnp.bfloat16, Execution(unroll=True))
 
     return jax.jit(run).lower(state, rows_of(patches)).compile().cost_analysis()["flops"]
 
@@ -51,7 +52,11 @@ def test_four_times_the_patches_cost_little_more_than_four_times():
 def test_a_batch_without_windows_is_refused():
     graph, state = abstract(CONFIG, jnp.float32)
     with pytest.raises(ConfigError, match=r"the batch has no attention windows, but vision\.window_size=112"):
-        jax.eval_shape(lambda s, rows: nnx.merge(graph, s).vision(rows, jnp.float32), state, rows_of(64, windows=False))
+        jax.eval_shape(
+            lambda s, rows: nnx.merge(graph, s).vision(rows, jnp.float32, Execution()),
+            state,
+            rows_of(64, windows=False),
+        )
 
 
 def test_quick_gelu():

@@ -10,7 +10,8 @@ from flax import nnx
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.parallel.mesh import make_mesh, single_device_mesh
-from qwenvl_jax.parallel.rules import DEFAULT_RULES, param_shardings, partition_spec, shard_batch
+from qwenvl_jax.parallel.placement import shard_batch
+from qwenvl_jax.parallel.rules import DEFAULT_RULES, param_shardings, partition_spec
 
 
 def test_a_collision_names_the_weight_and_both_axes():
@@ -37,7 +38,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
 
 
 def test_a_batch_that_the_data_axes_do_not_divide_is_refused(mixed_batch):
-    with pytest.raises(ConfigError, match="which data \\* fsdp = 4 devices do not divide"):
+    with pytest.raises(ConfigError, match="which data \\* fsdp \\* expert = 4 devices do not divide"):
         shard_batch(jax.tree.map(lambda x: x[:1], mixed_batch), make_mesh(fsdp=4, tensor=2))
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from qwenvl_jax.checkpoint import hf
 from qwenvl_jax.data.video import VideoFrames
 from qwenvl_jax.ops.losses import chunked_cross_entropy
+from qwenvl_jax.parallel.placement import Execution
 from tests.parity import reference
 from tests.parity.conftest import shapes
 
@@ -101,7 +102,7 @@ def test_logits_and_gradients_with_pooled_media(pair):
 
     def loss_of(state, batch):
         model = nnx.merge(graph, state)
-        hidden = model.hidden(batch, remat=True)
+        hidden = model.hidden(batch, Execution(remat="full"))
         total = chunked_cross_entropy(hidden, model.text.head_weight(), batch.targets, jnp.asarray(weights), chunk=64)
         return total / weights.sum(), model.text.logits(hidden)
 

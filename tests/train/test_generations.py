@@ -13,7 +13,7 @@ from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.parallel.mesh import single_device_mesh
 from qwenvl_jax.train.config import OptimizerConfig, StageConfig
 from qwenvl_jax.train.optimizer import make_optimizer
-from qwenvl_jax.train.state import ModelParts, TrainState
+from qwenvl_jax.train.state import GuardState, ModelParts, TrainState
 from qwenvl_jax.train.step import make_loss, make_step
 from tests.checkpoint.shape import GENERATIONS
 from tests.support import MODEL_TYPES, generations
@@ -63,11 +63,13 @@ def test_two_steps_lower_the_loss(learner, trainable, optax_promotes):
     learning = {name: params[name] for name in names}
     frozen = {name: value for name, value in params.items() if name not in learning}
     optimizer = make_optimizer(stage.optimizer, {name: parts.weights[name] for name in names})
-    state = TrainState(jnp.zeros((), jnp.int32), learning, optimizer.init(learning), jnp.zeros(2, jnp.uint32))
+    state = TrainState(
+        jnp.zeros((), jnp.int32), learning, optimizer.init(learning), jnp.zeros(2, jnp.uint32), GuardState.begun()
+    )
     step, losses = jax.jit(make_step(parts, stage, optimizer), compiler_options=UNOPTIMIZED), []
     for _ in range(stage.steps):
-        state, loss = step(state, frozen, batch)
-        losses.append(float(loss))
+        state, output = step(state, frozen, batch)
+        losses.append(float(output.loss))
     loss = jax.jit(make_loss(parts, stage), compiler_options=UNOPTIMIZED)
     losses.append(float(loss(state.params | frozen, batch)))
     assert losses[2] < losses[1] < losses[0]

@@ -140,7 +140,7 @@ def test_settings_that_do_not_go_together(folder, tmp_path):
     small = dataclasses.replace(shape, text=dataclasses.replace(shape.text, vocab_size=100))
     with pytest.raises(ConfigError, match="vocab_size=100 is smaller than the tokenizer"):
         train(dataclasses.replace(config, model=small), tmp_path / "b")
-    with pytest.raises(ConfigError, match="multiples of the 8 devices"):
+    with pytest.raises(ConfigError, match="must be multiples of 8, the devices that share a batch"):
         train(dataclasses.replace(config, mesh=MeshConfig()), tmp_path / "c")
     with pytest.raises(ConfigError, match="picks no weight"):
         train(one_stage(folder, trainable="adapters"), tmp_path / "d")

@@ -34,7 +34,7 @@ def changed(*arguments: str) -> dict:
         ("--stages.0.optimizer.learning_rate 1e-2", {"stages.0.optimizer.learning_rate": 0.01}),
         ("--steps 9", {"stages.0.steps": 9, "stages.1.steps": 9}),
         ("--optimizer.name muon --stages.s0.optimizer.name adamw", {"stages.1.optimizer.name": "muon"}),
-        ("--remat True", {"stages.0.remat": True, "stages.1.remat": True}),
+        ("--remat full", {"stages.0.remat": "full", "stages.1.remat": "full"}),
         ("--stages.s0.batch.vision 2 24 1 96", {"stages.0.batch.vision": ((2, 24), (1, 96))}),
         ("--stages.s0.data.source x.jsonl", {"stages.0.data.source": "x.jsonl"}),
         ("--stages.s0.data.source x.jsonl y.jsonl", {"stages.0.data.source": ("x.jsonl", "y.jsonl")}),

@@ -1,0 +1,112 @@
+"""Self-attention of the rows of a batch, as an `Execution` lays them out: the one place where a backend is chosen.
+
+Rows of text may be split over the `context` axis, in the order of `qwenvl_jax.parallel.context`. Each device then
+gathers the keys and values of its rows, which grouped queries make small beside the queries, and compares them with the
+queries it has. A ring would move the same bytes one device at a time; the kernels give no partial softmax to join.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qwenvl_jax.ops.attention import attention
+from qwenvl_jax.ops.splash import LANES, make_kernel, run_kernel, splash_attention
+from qwenvl_jax.parallel.context import balanced_slots, from_balanced
+from qwenvl_jax.parallel.placement import ATTENTION, Execution, checkpoint_tree
+
+
+def text_attention(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
+    """Causal attention of the decoder: [B, T, N, E]; see `qwenvl_jax.ops.attention.attention`.
+
+    Args:
+      q_BTNE, k_BTKE, v_BTKE: queries, keys and values, in balanced order if `execution.balanced`.
+      segments_BT: i32[B, T], in the same order.
+      execution: where they lie.
+    """
+    if execution.balanced:
+        return _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution)
+    if execution.backend == "splash":
+        queries = execution.spec("batch", None, "heads", None)
+        keys = execution.spec("batch", None, "kv_heads", None)
+
+        def rows(q, k, v, s):
+            k, v = _own_heads(k, v, q, q_BTNE, execution)
+            return splash_attention(q, k, v, s, causal=True, interpret=execution.platform != "tpu")
+
+        run = execution.map(rows, (queries, keys, keys, execution.spec("batch", None)), queries)
+        return run(q_BTNE, k_BTKE, v_BTKE, segments_BT)
+    y = attention(q_BTNE, k_BTKE, v_BTKE, q_segments_BT=segments_BT, kv_segments_BS=segments_BT, causal=True)
+    return checkpoint_tree(y, ATTENTION)
+
+
+def vision_attention(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL, execution: Execution, *, span: int | None = None):
+    """Attention among the patches of a segment: [G, R, L, N, E].
+
+    Args:
+      segments_GRL: i32[G, R, L], frames or windows.
+      span: see `qwenvl_jax.ops.attention.attention`.
+    """
+
+    def group(q, k, v, s):
+        return attention(q, k, v, q_segments_BT=s, kv_segments_BS=s, causal=False, span=span)
+
+    def kernel(q, k, v, s):
+        flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v, s))
+        y = splash_attention(*flat, causal=False, interpret=execution.platform != "tpu")
+        return y.reshape(q.shape)
+
+    # The kernel knows no spans; windows are far shorter than its blocks.
+    if execution.backend == "splash" and (span is None or 3 * span >= q_GRLNE.shape[2]):
+        spec = execution.spec("groups", "vision_rows")
+        return execution.map(kernel, (spec,) * 4, spec)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL)
+    return checkpoint_tree(jax.vmap(group)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL), ATTENTION)
+
+
+def _own_heads(k, v, q, all_q, execution: Execution):
+    """Of keys and values that every device of `tensor` has whole, the heads that this device's queries read."""
+    N, here, K = all_q.shape[2], q.shape[2], k.shape[2]
+    if here == N or execution.split("kv_heads") > 1:
+        return k, v
+    (axis,) = execution.spec("heads")
+    each = N // K  # queries that share a head of keys
+    count = max(here // each, 1)
+    first = jax.lax.axis_index(axis) * here // each
+    return tuple(jax.lax.dynamic_slice_in_dim(x, first, count, axis=2) for x in (k, v))
+
+
+def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
+    """Causal attention of rows split over `context`, in balanced order."""
+    devices, T = execution.split("tokens"), q_BTNE.shape[1]
+    (axis,) = execution.spec("tokens")
+    queries = execution.spec("batch", "tokens", "heads", None)
+    keys = execution.spec("batch", "tokens", "kv_heads", None)
+    segments = execution.spec("batch", "tokens")
+
+    def whole(x):
+        return from_balanced(jax.lax.all_gather(x, axis, axis=1, tiled=True), devices)
+
+    def plain(q, k, v, s):
+        k, v = _own_heads(whole(k), whole(v), q, q_BTNE, execution)
+        all_s = whole(s)
+        device, chunk = jax.lax.axis_index(axis), T // (2 * devices)
+        parts = []
+        for half, place in enumerate((device, 2 * devices - 1 - device)):
+            mine = slice(half * chunk, (half + 1) * chunk)
+            own = {"q_segments_BT": s[:, mine], "kv_segments_BS": all_s}
+            parts.append(attention(q[:, mine], k, v, **own, causal=True, first=place * chunk))
+        return checkpoint_tree(jnp.concatenate(parts, axis=1), ATTENTION)
+
+    if execution.backend != "splash" or T % (2 * devices * LANES):
+        return execution.map(plain, (queries, keys, keys, segments), queries)(q_BTNE, k_BTKE, v_BTKE, segments_BT)
+
+    heads = q_BTNE.shape[2] // execution.split("heads")
+    interpret = execution.platform != "tpu"
+    kernel = make_kernel(T, T, heads, slots=balanced_slots(T, devices), shards=devices, interpret=interpret)
+    spec = kernel.manual_sharding_spec(NamedSharding(execution.mesh, PartitionSpec(None, axis)))
+
+    def blocks(kernel, q, k, v, s):
+        k, v = _own_heads(whole(k), whole(v), q, q_BTNE, execution)
+        return run_kernel(kernel, q, k, v, s, whole(s))
+
+    run = execution.map(blocks, (spec, queries, keys, keys, segments), queries)
+    return run(kernel, q_BTNE, k_BTKE, v_BTKE, segments_BT)

@@ -1,0 +1,214 @@
+"""How a model is run on a mesh: where activations lie, how rows are split, what is kept for the backward pass.
+
+None of it changes what comes out, beyond rounding.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.parallel.mesh import single_device_mesh
+from qwenvl_jax.parallel.rules import BATCH_AXES, DEFAULT_RULES, Rules, mesh_axes
+
+Remat = Literal["none", "full", "attention", "products", "offload"]
+Backend = Literal["auto", "plain", "splash"]
+
+# Names that layers give to what a policy may keep.
+LAYER_INPUT, ATTENTION = "layer_input", "attention"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Execution:
+    """How a model is run.
+
+    Attributes:
+      mesh: the devices.
+      rules: see `qwenvl_jax.parallel.rules`.
+      remat: what the forward pass keeps for the backward pass, which makes the rest again:
+        "none": everything. "full": each layer's input. "attention": also what attention gives, the dearest to make
+        again in long rows. "products": the results of products of activations with weights.
+        "offload": each layer's input, in the host's memory.
+      unroll: write layers out one after another in place of looping over them. A loop copies what the backward pass
+        needs into stacked buffers and back; small models on CPU train half again as fast without it, large ones compile
+        for long.
+      attention: "plain" (XLA), "splash" (Pallas, TPU), or "auto", by the mesh's platform.
+      balanced: whether the token slots of the rows stand in the order of `qwenvl_jax.parallel.context`.
+    """
+
+    mesh: Mesh = dataclasses.field(default_factory=single_device_mesh)
+    rules: Rules = dataclasses.field(default_factory=lambda: DEFAULT_RULES)
+    remat: Remat = "none"
+    unroll: bool = False
+    attention: Backend = "auto"
+    balanced: bool = False
+
+    def __post_init__(self):
+        for field, kinds in (("remat", Remat), ("attention", Backend)):
+            if getattr(self, field) not in get_args(kinds):
+                raise ConfigError(f"{field}={getattr(self, field)!r} is not one of {', '.join(get_args(kinds))}.")
+
+    @property
+    def platform(self) -> str:
+        """Of the mesh's devices: "cpu", "tpu" or "gpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def backend(self) -> str:
+        """The attention that is used: "plain" or "splash"."""
+        if self.attention != "auto":
+            return self.attention
+        return "splash" if self.platform == "tpu" else "plain"
+
+    def split(self, *axes: str | None) -> int:
+        """Into how many parts these logical axes are split together."""
+        return math.prod(self.mesh.shape[name] for axis in axes for name in mesh_axes(axis, self.mesh, self.rules))
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """How an array with these logical axes is split; None is an axis that is whole."""
+        names = (mesh_axes(axis, self.mesh, self.rules) for axis in axes)
+        return PartitionSpec(*(found if len(found) > 1 else (found[0] if found else None) for found in names))
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Has the compiler lay out x by its logical axes; an axis that does not divide is left to it.
+
+        Rows of a batch are checked at the door; what is left is prompts of any number.
+        """
+        if self.mesh.size == 1:
+            return x
+        sizes = zip(x.shape, axes, self.spec(*axes), strict=True)
+        spec = (part if size % self.split(axis) == 0 else PartitionSpec.UNCONSTRAINED for size, axis, part in sizes)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*spec)))
+
+    def map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`function` on each device's part of its arguments."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def scan(self, body: Callable, carry, layers):
+        """Scans `body(carry, layer) -> (carry, kept)` over anything stacked along a leading layer axis.
+
+        Returns:
+          (carry, kept stacked).
+        """
+        return jax.lax.scan(self.remembered(body), carry, layers, unroll=self.unroll or 1)
+
+    def remembered(self, body: Callable) -> Callable:
+        """`body(carry, layer)` that keeps for its backward pass what `remat` says."""
+        if self.remat == "none":
+            return body
+
+        def named(carry, layer):
+            return body(checkpoint_tree(carry, LAYER_INPUT), layer)
+
+        # prevent_cse guards against undoing this outside of a loop only.
+        return jax.checkpoint(named, policy=_policy(self.remat), prevent_cse=self.unroll)
+
+
+def checkpoint_tree(tree, name: str):
+    """Names every array of a tree for the policies of `Execution.remat`."""
+    return jax.tree.map(functools.partial(checkpoint_name, name=name), tree)
+
+
+def _policy(remat: Remat):
+    policies = jax.checkpoint_policies
+    match remat:
+        case "attention":
+            return policies.save_only_these_names(ATTENTION)
+        case "products":
+            return policies.dots_with_no_batch_dims_saveable
+        case "offload":
+            return policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=[LAYER_INPUT],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+    return policies.nothing_saveable
+
+
+def token_shape_axes(path: tuple) -> tuple[str | None, ...]:
+    """Logical axes of the leading dimensions of a leaf of a `Batch`: rows and tokens, or groups and their rows."""
+    return ("groups", "vision_rows") if path[0].name == "vision" else ("batch", "tokens")
+
+
+def batch_sharding(path: tuple, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
+    """How a leaf of a `Batch` is placed."""
+    axes: tuple[str | None, ...] = token_shape_axes(path)
+    if path[-1].name == "pixel_table":
+        axes = ("groups", None)
+    return NamedSharding(mesh, Execution(mesh, rules).spec(*axes))
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch's rows this process feeds, from 0, and how many shares there are.
+
+    Processes whose devices split the same rows (along `context`, say) feed the same share.
+
+    Raises:
+      ConfigError: this process's devices hold rows that are no run, or not as many as those of others.
+    """
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(parts, -1)
+    mine = np.flatnonzero((owners == jax.process_index()).any(axis=1))
+    count = len(mine)
+    if not count or mine[0] % count or mine[-1] - mine[0] + 1 != count or parts % count:
+        raise ConfigError(
+            f"mesh {dict(mesh.shape)}: process {jax.process_index()} would hold parts {mine.tolist()} of {parts} of "
+            "a batch; choose sizes for which each process holds a run of them, all equally many."
+        )
+    return int(mine[0]) // count, parts // count
+
+
+def shard_batch(batch, mesh: Mesh, rules: Rules = DEFAULT_RULES):
+    """Puts a `Batch` on `mesh`: rows and groups over the batch axes, tokens of a row over `context`, a group's vision
+    rows over `context` and `tensor`.
+
+    Args:
+      batch: the whole, or where the mesh spans several processes, the share of each; see `row_share`.
+
+    Raises:
+      ConfigError: rows, groups, tokens or vision rows that the mesh does not divide.
+    """
+    share, shares = row_share(mesh)
+    execution = Execution(mesh, rules)
+    parts = execution.split("batch")
+
+    def put(path, leaf):
+        name, rows = f"batch{jax.tree_util.keystr(path)}", leaf.shape[0] * shares
+        if rows % parts:
+            raise ConfigError(
+                f"{name} has {rows} rows or groups, which {' * '.join(BATCH_AXES)} = {parts} devices do not divide; "
+                "use a multiple."
+            )
+        sharding = batch_sharding(path, mesh, rules)
+        second = token_shape_axes(path)[1]
+        if path[-1].name != "pixel_table" and leaf.shape[1] % execution.split(second):
+            kind = "tokens a row" if second == "tokens" else "vision rows a group"
+            raise ConfigError(
+                f"{name} has {leaf.shape[1]} {kind}, which {' * '.join(mesh_axes(second, mesh, rules))} = "
+                f"{execution.split(second)} devices do not divide; use a multiple."
+            )
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        return _from_share(leaf, sharding, share, rows)
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def _from_share(leaf, sharding: NamedSharding, share: int, rows: int) -> jax.Array:
+    """A global array of which this process has a run of rows, with all that stands in them."""
+    shape = (rows, *leaf.shape[1:])
+
+    def part(index):
+        start, stop, _ = index[0].indices(rows)
+        first = share * leaf.shape[0]
+        return leaf[(slice(start - first, stop - first), *index[1:])]
+
+    return jax.make_array_from_callback(shape, sharding, part)

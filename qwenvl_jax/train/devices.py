@@ -1,0 +1,67 @@
+"""The devices of a run: its mesh, and whether the batches of its stages can be shared among them."""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import Mesh
+
+from qwenvl_jax.data.packing import AUTO, BatchShape
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.parallel.mesh import AXES, make_mesh
+from qwenvl_jax.parallel.placement import Execution
+from qwenvl_jax.parallel.rules import BATCH_AXES, Rules, make_rules
+from qwenvl_jax.train.config import StageConfig, TrainConfig
+
+
+def mesh_of(config: TrainConfig, devices: list[jax.Device] | None = None) -> tuple[Mesh, Rules]:
+    """The mesh of a run and its sharding rules.
+
+    Args:
+      devices: those to use; all by default.
+
+    Raises:
+      ConfigError: sizes that the devices do not have, unknown rules, or batches that the mesh does not divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+    if sizes["fsdp"]:
+        devices = devices[: math.prod(sizes.values())]
+    else:
+        others = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
+        sizes["fsdp"] = max(len(devices) // others, 1)
+    mesh, rules = make_mesh(devices, **sizes), make_rules(config.mesh.rules, config.mesh.override)
+    execution = Execution(mesh, rules)
+    for stage in config.stages:
+        _check_batch(stage, execution)
+    return mesh, rules
+
+
+def _check_batch(stage: StageConfig, execution: Execution) -> None:
+    shape, parts = stage.batch, execution.split("batch") * stage.microbatches
+    if shape.rows % parts or (shape.vision and shape.groups % parts):
+        raise ConfigError(
+            f"stage {stage.name}: batch.rows={shape.rows} and batch.groups={shape.groups} must be multiples of "
+            f"{parts}, the devices that share a batch ({' * '.join(f'mesh.{axis}' for axis in BATCH_AXES)}) times "
+            f"microbatches={stage.microbatches}; change one of them."
+        )
+    chunks = 2 * execution.split("tokens") if execution.split("tokens") > 1 else 1
+    if shape.length % chunks:
+        raise ConfigError(
+            f"stage {stage.name}: batch.length={shape.length} must be a multiple of {chunks}, two chunks for each "
+            "device of mesh.context; change one of them."
+        )
+    spread = execution.split("vision_rows")
+    if shape.vision != AUTO and any(rows % spread for rows, _ in shape.buckets):
+        raise ConfigError(
+            f"stage {stage.name}: batch.vision={shape.vision} must have multiples of {spread} rows, since so many "
+            'devices (mesh.context * mesh.tensor) share those of a group; change them, or write "auto".'
+        )
+
+
+def with_vision_rows(shape: BatchShape, multiple: int) -> BatchShape:
+    """A batch shape with its vision rows rounded up to a multiple."""
+    if shape.vision == AUTO:
+        return shape
+    vision = tuple((-(-rows // multiple) * multiple, length) for rows, length in shape.buckets)
+    return dataclasses.replace(shape, vision=vision)

@@ -1,0 +1,101 @@
+"""A training step on every mesh of eight devices gives what one device gives, for every generation."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tests.checkpoint.shape import GENERATIONS
+from tests.parallel.meshed import assert_same, even_config, everything, outcome, parts_on
+from tests.support import MODEL_TYPES
+
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"data": 4, "tensor": 2},
+    "context": {"fsdp": 2, "context": 4},
+    "expert": {"data": 2, "expert": 4},
+    "fsdp+tensor": {"fsdp": 4, "tensor": 2},
+    "context+tensor": {"fsdp": 2, "context": 2, "tensor": 2},
+    "fsdp+expert": {"fsdp": 2, "expert": 4},
+    "expert+tensor": {"data": 2, "expert": 2, "tensor": 2},
+    "expert+context": {"fsdp": 2, "expert": 2, "context": 2},
+    "data+fsdp+tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+FAST = {("qwen3_vl", "context+tensor"), ("qwen3_vl_moe", "expert+tensor")}
+
+
+@functools.cache
+def alone(generation: str, **settings):
+    """What one device computes."""
+    config = even_config(generation)
+    return outcome(parts_on(config), everything(config), **settings)
+
+
+@pytest.fixture(autouse=True)
+def _promotes(optax_promotes):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("generation", "sizes"),
+    [
+        pytest.param(g, sizes, id=f"{g}-{name}", marks=[] if (g, name) in FAST else [pytest.mark.slow])
+        for g in MODEL_TYPES
+        for name, sizes in MESHES.items()
+    ],
+)
+def test_every_mesh_computes_what_one_device_does(generation, sizes):
+    config = even_config(generation)
+    moe = {"router_balance": 0.1, "router_z": 0.01} if config.text.moe else {}
+    assert_same(outcome(parts_on(config, **sizes), everything(config), **moe), alone(generation, **moe))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["zero", "replicated"])
+@pytest.mark.parametrize("generation", ["qwen3_vl", "qwen3_vl_moe"])
+def test_every_table_of_rules_computes_the_same(generation, table):
+    config = even_config(generation)
+    parts = parts_on(config, table, fsdp=2, expert=2, context=2)
+    assert_same(outcome(parts, everything(config)), alone(generation))
+    kernel = parts.shardings["text.layers.attn.q.kernel"].spec
+    assert kernel[1] == {"zero": ("fsdp", "expert", "context"), "replicated": None}[table]
+
+
+@pytest.mark.slow
+def test_heads_of_keys_may_be_fewer_than_devices_of_tensor():
+    config = even_config("qwen3_vl")
+    for sizes in ({"data": 2, "tensor": 4}, {"context": 2, "tensor": 4}):
+        parts = parts_on(config, override=(("kv_heads", ()), ("vision_rows", ())), **sizes)
+        assert_same(outcome(parts, everything(config)), alone("qwen3_vl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2}, {"fsdp": 2, "context": 2}])
+def test_eight_rows_at_once_and_four_times_two_agree(sizes):
+    config = even_config("qwen3_vl")
+    assert_same(outcome(parts_on(config, **sizes), everything(config), microbatches=4), alone("qwen3_vl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "attention", "products", "offload"])
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "context": 2, "tensor": 2}])
+def test_what_is_kept_for_the_backward_pass_changes_nothing(remat, sizes):
+    config = even_config("qwen3_vl")
+    assert_same(outcome(parts_on(config, **sizes), everything(config), remat=remat), alone("qwen3_vl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 2, "tensor": 2}, {"fsdp": 2, "context": 2}])
+def test_the_kernel_for_tpus_computes_the_same(sizes):
+    """In Pallas's interpreter; rows of 512, two chunks of 128 for each of two devices."""
+    config = even_config("qwen3_vl")
+    batch = everything(config, rows=4, groups=4, length=512)
+    wanted = outcome(parts_on(config), batch)
+    assert_same(outcome(parts_on(config, **sizes), batch, attention="splash"), wanted)
+
+
+def test_generations_are_all_there():
+    assert set(MODEL_TYPES) <= set(GENERATIONS) and len(jax.devices()) >= 8
+    assert np.prod(list(MESHES["context+tensor"].values())) == 8
