@@ -4,15 +4,19 @@ Dropless: a device takes whatever the router sends it. With P devices along `exp
 
     own tokens, k times, sorted by expert  ->  exchange  ->  sorted by own expert  ->  product  ->  the same way back
 
-XLA exchanges ragged runs of rows on TPU and GPU. Its CPU backend cannot, so there each run is filled up to the largest
-that there can be.
+XLA exchanges ragged runs of rows on TPU and GPU, and multiplies no more of them than arrived. Its CPU backend cannot,
+so there each run is filled up to the largest that there can be.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.ops.experts import experts_mlp, grouped_mlp
 from qwenvl_jax.parallel.placement import Execution
+
+_LEAST_CHUNK = 512  # tokens: products of fewer rows an expert would be small
 
 
 def placed_experts(x_BTH, shares_BTk, experts_BTk, gate_up_XH2F, down_XFH, execution: Execution):
@@ -41,7 +45,8 @@ def placed_experts(x_BTH, shares_BTk, experts_BTk, gate_up_XH2F, down_XFH, execu
         if devices == 1:
             y = experts_mlp(x_NH, shares_Nk, experts_Nk, gate_up, down)
         else:
-            y = _exchanged(x_NH, shares_Nk, experts_Nk, gate_up, down, gate_up_spec[0], devices, ragged)
+            fixed = {"gate_up": gate_up, "down": down, "axis": gate_up_spec[0], "devices": devices, "ragged": ragged}
+            y = _in_chunks(x_NH, shares_Nk, experts_Nk, functools.partial(_exchanged, **fixed))
         # Each device of `tensor` has part of the width of an expert, and so part of the sum.
         if gate_up_spec[3] is not None:
             y = jax.lax.psum(y, gate_up_spec[3])
@@ -61,7 +66,24 @@ def _gathered(weight, names, axis: int):
     return weight if names is None else jax.lax.all_gather(weight, names, axis=axis, tiled=True)
 
 
-def _exchanged(x_NH, shares_Nk, experts_Nk, gate_up, down, axis: str, devices: int, ragged: bool):
+def _in_chunks(x_NH, shares_Nk, experts_Nk, exchanged):
+    """`exchanged(x, shares, experts)` of chunks of the tokens, one after another.
+
+    There must be room for all tokens of all devices, should one device have all experts that they choose. In as many
+    chunks as there are devices, that is the room for what each has in the mean.
+    """
+    N, chunks = x_NH.shape[0], exchanged.keywords["devices"]
+    while N % chunks or N // chunks < min(_LEAST_CHUNK, N):
+        chunks -= 1
+    if chunks == 1:
+        return exchanged(x_NH, shares_Nk, experts_Nk)
+    parts = jax.tree.map(lambda x: x.reshape(chunks, N // chunks, *x.shape[1:]), (x_NH, shares_Nk, experts_Nk))
+    # Made again in the backward pass: what it keeps of each chunk would take the room of all at once.
+    one = jax.checkpoint(lambda _, part: (None, exchanged(*part)))
+    return jax.lax.scan(one, None, parts)[1].reshape(x_NH.shape)
+
+
+def _exchanged(x_NH, shares_Nk, experts_Nk, *, gate_up, down, axis: str, devices: int, ragged: bool):
     """What this device's tokens get from experts anywhere: [N, H]."""
     (N, H), k = x_NH.shape, experts_Nk.shape[1]
     here = gate_up.shape[0]  # experts on this device
@@ -72,33 +94,34 @@ def _exchanged(x_NH, shares_Nk, experts_Nk, gate_up, down, axis: str, devices: i
     sent_Pe = jnp.bincount(flat, length=devices * here).astype(jnp.int32).reshape(devices, here)
     received_Pe = jax.lax.all_to_all(sent_Pe, axis, 0, 0, tiled=True)
     # At most all tokens of all devices, each as often as it can choose an expert of ours.
-    room = devices * N * min(k, here)
-    exchange = _Exchange(axis, sent_Pe.sum(1), received_Pe.sum(1), room, N * min(k, here), ragged)
-    arrived, back = exchange.there(rows), exchange.back
+    largest = N * min(k, here)
+    exchange = _Exchange(axis, sent_Pe.sum(1), received_Pe.sum(1), devices * largest, largest, ragged)
 
     # Arrived rows stand device by device, in each expert by expert; the product wants them expert by expert.
-    expert_of = _expert_of(received_Pe, exchange.starts, room, here)
-    by_expert = jnp.argsort(expert_of)
-    sizes_e = received_Pe.sum(0)
-    out = grouped_mlp(jnp.take(arrived, by_expert, axis=0), gate_up, down, sizes_e)
-    returned = back(jnp.take(out, jnp.argsort(by_expert), axis=0), N * k)
+    arrived = exchange.there(rows)
+    place = _places_by_expert(received_Pe, exchange.starts, len(arrived))
+    by_expert = jnp.zeros_like(arrived).at[place].set(arrived, mode="drop", unique_indices=True)
+    out = grouped_mlp(by_expert, gate_up, down, received_Pe.sum(0))
+    returned = exchange.back(jnp.take(out, place, axis=0, mode="clip"), N * k)
 
     weighted = returned * jnp.take(shares_Nk.reshape(-1), order)[:, None]
-    own = jnp.take(weighted, jnp.argsort(order), axis=0).reshape(N, k, H)
+    own = jnp.zeros_like(weighted).at[order].set(weighted, unique_indices=True).reshape(N, k, H)
     return jnp.sum(own.astype(jnp.float32), axis=1).astype(x_NH.dtype)
 
 
-def _expert_of(received_Pe, starts_P, room: int, here: int):
-    """i32[room]: which of our experts a row that arrived is for; `here` for room that nothing arrived in."""
+def _places_by_expert(received_Pe, starts_P, room: int):
+    """i32[room]: where a row that arrived stands once they are sorted by expert; beyond all for room that is empty."""
     ends_Pe = starts_P[:, None] + jnp.cumsum(received_Pe, axis=1)
     begins_Pe = ends_Pe - received_Pe
+    sorted_eP = jnp.cumsum(received_Pe.T.reshape(-1)).reshape(received_Pe.T.shape)
+    shift_Pe = (sorted_eP.T - received_Pe) - begins_Pe
+    # Number of the run that a row is in, from 1: each adds its number where it begins and takes it away where it ends.
+    numbers = jnp.arange(1, received_Pe.size + 1, dtype=jnp.int32)
     marks = jnp.zeros(room + 1, jnp.int32)
-    numbers = jnp.broadcast_to(jnp.arange(1, here + 1, dtype=jnp.int32), begins_Pe.shape)
-    # Each run adds its number at its start and takes it away at its end.
-    marks = marks.at[begins_Pe.reshape(-1)].add(numbers.reshape(-1))
-    marks = marks.at[ends_Pe.reshape(-1)].add(-numbers.reshape(-1))
+    marks = marks.at[begins_Pe.reshape(-1)].add(numbers).at[ends_Pe.reshape(-1)].add(-numbers)
     run = jnp.cumsum(marks)[:room]
-    return jnp.where(run > 0, run - 1, here)
+    place = jnp.arange(room, dtype=jnp.int32)
+    return jnp.where(run > 0, place + jnp.take(shift_Pe.reshape(-1), jnp.maximum(run - 1, 0)), room + place)
 
 
 class _Exchange:
