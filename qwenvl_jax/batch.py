@@ -68,6 +68,9 @@ class Batch:
       pool_index: i32[B, T, Q], the merged tokens of the row's group that each vision token is made of, the first of
         them that of `vision_index`; 0 at text. None for a batch without pooling.
       pool_weights: f32[B, T, Q], their weights, which sum to 1 at a vision token; 0 at text. None with `pool_index`.
+      classes: i32[B, T], the class of each token's sample, for losses told apart: which data set it is of and whether
+        it shows a video, an image or text alone, numbered from 1 (`qwenvl_jax.data.classes`); 0 is padding. None for a
+        batch that is not for training.
     """
 
     tokens: Array
@@ -79,6 +82,7 @@ class Batch:
     vision: tuple[VisionRows, ...] = ()
     pool_index: Array | None = None
     pool_weights: Array | None = None
+    classes: Array | None = None
 
 
 @jax.tree_util.register_dataclass

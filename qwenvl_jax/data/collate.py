@@ -111,6 +111,7 @@ def collate(
     patch_dim: int | None = None,
     window: int = 0,
     pool_taps: int | None = None,
+    classes: Sequence[Sequence[int]] | None = None,
 ) -> Batch:
     """Makes a `Batch` of NumPy arrays.
 
@@ -126,6 +127,7 @@ def collate(
       window: side of an attention window of the tower, in merged tokens; 0 for a tower without windows.
       pool_taps: Q, merged tokens that a pooled token is made of at most; 0 for a batch without pooling, as many as
         needed without it.
+      classes: the number of each sample's class, from 1, as in `rows`; see `Batch.classes`.
 
     Raises:
       DataError: a row is longer than `length`, the rows do not divide into the groups, frames do not fit the shape, or
@@ -157,7 +159,7 @@ def collate(
         _shown(frames, _merged_index(frames, placed, shape, merge_size, window), merge_size, max(1, taps))
         for frames, placed in zip(frames_by_group, places, strict=True)
     ]
-    return _token_rows(rows, shown, length, pad_token_id, taps, vision)
+    return _token_rows(rows, shown, length, pad_token_id, taps, vision, classes)
 
 
 def _check_shape(shape: tuple[tuple[int, int], ...], merge_size: int):
@@ -297,6 +299,7 @@ def _token_rows(
     pad_token_id: int,
     taps: int,
     vision: tuple[VisionRows, ...],
+    classes: Sequence[Sequence[int]] | None,
 ) -> Batch:
     """Lays the samples of each row side by side and points their vision tokens at the merged tokens of the group."""
     axes = next((s.positions.shape[1] for row in rows for s in row), 3)
@@ -306,6 +309,7 @@ def _token_rows(
     targets_BT = np.full((len(rows), length), pad_token_id, np.int32)
     weights_BT = np.zeros((len(rows), length), np.float32)
     index_BT = np.full((len(rows), length), -1, np.int32)
+    classes_BT = np.zeros((len(rows), length), np.int32)
     pool_index_BTQ = np.zeros((len(rows), length, taps), np.int32)
     pool_weights_BTQ = np.zeros((len(rows), length, taps), np.float32)
     per_group = len(rows) // len(shown)
@@ -320,6 +324,7 @@ def _token_rows(
                 segments_BT[at] = number
                 targets_BT[at] = sample.targets
                 weights_BT[at] = sample.loss_weights
+                classes_BT[at] = classes[b][number - 1] if classes is not None else 0
                 first = [next(media) for _ in sample.media]
                 seen = sample.vision_index >= 0
                 if seen.any():
@@ -339,6 +344,7 @@ def _token_rows(
         vision=vision,
         pool_index=pool_index_BTQ if taps else None,
         pool_weights=pool_weights_BTQ if taps else None,
+        classes=None if classes is None else classes_BT,
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qwenvl_jax.data import chat
 from qwenvl_jax.data.failure import Failure
-from qwenvl_jax.data.packing import SampleFacts
+from qwenvl_jax.data.packing import Modality, SampleFacts
 from qwenvl_jax.data.pooling import Pool
 from qwenvl_jax.data.sources import Record, Source, media_paths
 from qwenvl_jax.errors import DataError, QwenVLError
@@ -129,7 +129,7 @@ class Measured:
       key: what the facts hold for, see `sample_key`.
       entry: the facts as they are kept: tokens, learnt tokens, and runs of equal frames, each the patches in a frame
         and how many frames.
-      pool_taps: see `SampleFacts`.
+      pool_taps, modality: see `SampleFacts`.
       brought: whether they came with the record.
     """
 
@@ -137,13 +137,14 @@ class Measured:
     key: str
     entry: list
     pool_taps: int = 0
+    modality: Modality = "text"
     brought: bool = False
 
     def facts(self) -> SampleFacts:
         """The facts as planning takes them."""
         tokens, loss_tokens, runs = self.entry
         frames = tuple(patches for patches, n in runs for _ in range(n))
-        return SampleFacts(self.name, tokens, frames, loss_tokens, self.pool_taps)
+        return SampleFacts(self.name, tokens, frames, loss_tokens, self.pool_taps, self.modality)
 
 
 def measure_numbers(
@@ -165,9 +166,9 @@ def measure_numbers(
         name = f"{record.where} ({record.id})"
         key = sample_key(record, processor_key)
         if key and record.known is not None and record.known[0] == key:
-            return Measured(name, key, record.known[1], _pool_taps(record), brought=True)
+            return Measured(name, key, record.known[1], _pool_taps(record), _modality(record), brought=True)
         if key and key in known:
-            return Measured(name, key, known[key], _pool_taps(record))
+            return Measured(name, key, known[key], _pool_taps(record), _modality(record))
         try:
             if record.fetch is not None:
                 record.fetch()
@@ -176,7 +177,7 @@ def measure_numbers(
             return Failure(name, f"{record.where}: {error}")
         # Equal frames follow each other.
         entry = [facts.tokens, facts.loss_tokens, [[h * w, t] for t, h, w in facts.grids]]
-        return Measured(name, key, entry, _pool_taps(record))
+        return Measured(name, key, entry, _pool_taps(record), _modality(record))
 
     with concurrent.futures.ThreadPoolExecutor(_PROBES) as pool:
         return list(pool.map(measure, numbers))
@@ -186,6 +187,12 @@ def _pool_taps(record: Record) -> int:
     """See `SampleFacts`; of a record that the processor took."""
     pools = [Pool.of(part) for _, part in chat.parts_of(record.messages, ("image", "video"))]
     return max((pool.taps for pool in pools if pool), default=0)
+
+
+def _modality(record: Record) -> Modality:
+    """See `SampleFacts`; of a record that the processor took."""
+    kinds = {part["type"] for _, part in chat.parts_of(record.messages, ("image", "video"))}
+    return "video" if "video" in kinds else "image" if "image" in kinds else "text"
 
 
 def facts_digest(facts: tuple[SampleFacts, ...], source: Source) -> str:

@@ -38,6 +38,7 @@ _HASTE = 1.1
 _REMEMBERED = 256
 _KEPT_PLACES = 1024  # steps between places that are kept for good
 
+Modality = Literal["text", "image", "video"]
 VisionShape = tuple[tuple[int, int], ...]
 AUTO = "auto"
 
@@ -95,6 +96,7 @@ class SampleFacts:
       frames: patches of each frame (image, or temporal patch of a video), in order.
       loss_tokens: how many of its targets are learnt.
       pool_taps: merged tokens that a pooled token of it is made of at most; 0 without pooling.
+      modality: "video" of a sample with a video, else "image" of one with an image, else "text".
     """
 
     name: str
@@ -102,6 +104,7 @@ class SampleFacts:
     frames: tuple[int, ...] = ()
     loss_tokens: int = 1
     pool_taps: int = 0
+    modality: Modality = "text"
 
 
 def check_fits(facts: Iterable[SampleFacts], shape: BatchShape) -> None:

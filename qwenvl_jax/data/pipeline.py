@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from qwenvl_jax.batch import Batch
+from qwenvl_jax.data.classes import classes_of
 from qwenvl_jax.data.collate import collate
 from qwenvl_jax.data.facts import file_state
 from qwenvl_jax.data.failure import Failure
@@ -186,6 +187,9 @@ class BatchLoader:
       processor: that makes the samples.
       host, hosts: number of this host, from 0, and how many there are.
 
+    Attributes:
+      classes: of the samples, in the order of their numbers in `Batch.classes`, which count from 1.
+
     Raises:
       ConfigError: vision rows that do not hold whole merged tokens; rows or groups that do not divide among the hosts.
     """
@@ -202,6 +206,7 @@ class BatchLoader:
         self._rows = range(host * per_host, (host + 1) * per_host)
         self._groups = plan.shape.groups // hosts
         self.plan, self.samples = plan, samples
+        self.classes, self._class_of = classes_of(plan)
         names = ("pixel_table", "merge_size", "pad_token_id", "patch_dim", "window")
         self._fixed = {name: getattr(processor, name) for name in names}
         block = processor.merge_size**2
@@ -209,7 +214,7 @@ class BatchLoader:
             raise ConfigError(f"batch.vision={plan.shape.vision}: patches in a row must be a multiple of {block}.")
 
     def __call__(self, step: int) -> PlannedBatch:
-        rows, hashes, tokens, failed = [], [], 0, []
+        rows, classes, hashes, tokens, failed = [], [], [], 0, []
         planned = self.plan[step]
         for row in self._rows:
             start, samples, digest = 0, [], hashlib.sha256()
@@ -227,6 +232,7 @@ class BatchLoader:
                 start = end
             tokens += start
             rows.append(samples)
+            classes.append(self._class_of[list(planned[row])].tolist())
             hashes.append(digest.hexdigest())
         shape = self.plan.shape
         batch = collate(
@@ -235,6 +241,7 @@ class BatchLoader:
             groups=self._groups,
             vision_shape=shape.buckets,
             pool_taps=shape.pool_taps,
+            classes=classes,
             **self._fixed,
         )
         state = json.dumps(self.plan.state(step + 1))

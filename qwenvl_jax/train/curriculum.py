@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qwenvl_jax.data.buckets import with_buckets
+from qwenvl_jax.data.classes import SampleClass
 from qwenvl_jax.data.facts import processor_key
 from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.kept import Kept
@@ -55,6 +56,11 @@ class Stage:
         """Names of the samples in step `step` of the run."""
         plan = self.loader.plan
         return [plan.facts[entry].name for row in plan[step - 1 - self.begin] for entry in row]
+
+    @property
+    def classes(self) -> tuple[SampleClass, ...]:
+        """The classes of its samples; number n of `Batch.classes` is entry n - 1."""
+        return self.loader.classes
 
     def batches(self, done: int, plan: str = "", say: Callable[[str], None] = lambda line: None):
         """A new iterator over the batches of the stage that follow step `done` of the run.
