@@ -25,6 +25,7 @@ _TOKEN_LEAVES = (
     "vision_index",
     "pool_index",
     "pool_weights",
+    "classes",
 )
 
 

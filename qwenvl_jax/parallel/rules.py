@@ -66,12 +66,12 @@ TABLES: Mapping[str, Rules] = {
 DEFAULT_RULES = TABLES["fsdp_tensor"]
 
 
-def make_rules(table: str, overrides: Iterable[tuple[str, tuple[str, ...]]] = ()) -> Rules:
+def make_rules(table: str, overrides: Iterable[str] = ()) -> Rules:
     """A named table with some of its rules replaced.
 
     Args:
       table: a name in `TABLES`.
-      overrides: pairs (logical axis, the mesh axes it is split over, none to hold it whole).
+      overrides: rules such as "embed=fsdp+context", or "kv_heads=" to hold an axis whole.
 
     Raises:
       ConfigError: an unknown table, logical axis or mesh axis.
@@ -79,13 +79,18 @@ def make_rules(table: str, overrides: Iterable[tuple[str, tuple[str, ...]]] = ()
     if table not in TABLES:
         raise ConfigError(f"unknown sharding rules {table!r}; the tables are {', '.join(TABLES)}.")
     rules = dict(TABLES[table])
-    for axis, target in overrides:
-        if axis not in rules:
-            raise ConfigError(f"sharding rule for unknown logical axis {axis!r}; the axes are {', '.join(rules)}.")
-        unknown = [name for name in target if name not in AXES]
+    for rule in overrides:
+        axis, equals, target = rule.partition("=")
+        if axis not in rules or not equals:
+            raise ConfigError(
+                f"sharding rule {rule!r}: expected axis=mesh axes, such as embed=fsdp+context, the axis one of "
+                f"{', '.join(rules)}."
+            )
+        names = tuple(target.split("+")) if target else ()
+        unknown = [name for name in names if name not in AXES]
         if unknown:
-            raise ConfigError(f"sharding rule {axis!r}: unknown mesh axis {unknown[0]!r}; they are {', '.join(AXES)}.")
-        rules[axis] = tuple(target)
+            raise ConfigError(f"sharding rule {rule!r}: unknown mesh axis {unknown[0]!r}; they are {', '.join(AXES)}.")
+        rules[axis] = names
     return rules
 
 

@@ -220,7 +220,7 @@ class MeshConfig:
       data, fsdp, expert, context, tensor: devices along each mesh axis; `fsdp=0` takes all that the others leave, else
         the first ones are used. Rows of a batch are shared by data * fsdp * expert, the tokens of a row by context.
       rules: a table of `qwenvl_jax.parallel.rules`.
-      override: rules that differ from the table: pairs (logical axis, mesh axes; none holds it whole).
+      override: rules that differ from the table, such as "embed=fsdp+context", or "kv_heads=" to hold an axis whole.
     """
 
     data: int = 1
@@ -229,7 +229,7 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
     rules: str = "fsdp_tensor"
-    override: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    override: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

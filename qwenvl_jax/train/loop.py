@@ -267,7 +267,7 @@ class _Run:
 
     def _compile(self, stage: Stage, state, frozen, batch):
         """The step of a stage, compiled ahead for these shapes: called with others it raises, it never recompiles."""
-        step = make_step(self.parts, stage.config, self._optimizer(stage))
+        step = make_step(self.parts, stage.config, self._optimizer(stage), len(stage.classes))
         shardings = self._state_shardings(state)
         whole = NamedSharding(self.mesh, PartitionSpec())
         began = time.monotonic()

@@ -33,7 +33,7 @@ class StepOutput:
       grad_norm: f32[], global norm of the gradients, before they are clipped.
       skipped: i32[], 0 if the step was taken, else how many steps of the stage have been left out with it.
       sums: "experts" f32[Y, X], tokens sent to each expert of each layer; "router_balance" and "router_z" f32[], the
-        router's losses before their weights; with `Batch.classes` also "loss" and "weight" f32[classes], the weighted
+        router's losses before their weights; for a batch with `classes` "loss" and "weight" f32[classes], the weighted
         losses and the weights of each class. Only what there is.
     """
 
@@ -85,14 +85,17 @@ def make_loss(parts: ModelParts, stage: StageConfig) -> Callable[[Params, Batch]
     return loss
 
 
-def make_step(parts: ModelParts, stage: StageConfig, optimizer: optax.GradientTransformation):
+def make_step(parts: ModelParts, stage: StageConfig, optimizer: optax.GradientTransformation, classes: int = 0):
     """Returns `step(state, frozen, batch) -> (state, StepOutput)`, to be compiled with the state donated.
+
+    Args:
+      classes: how many classes the samples are of (`Batch.classes`), whose losses are told apart.
 
     Frozen weights are an argument apart: no gradient is taken of them and the optimizer keeps nothing for them. A step
     whose loss or gradient is not finite, or beyond the bounds of `stage.guard`, leaves weights and optimizer as they
     were.
     """
-    gradients_of = make_gradients(parts, stage)
+    gradients_of = make_gradients(parts, stage, classes)
     schedule = learning_rate(stage.optimizer, stage.steps)
 
     def step(state: TrainState, frozen: Params, batch: Batch):
@@ -112,7 +115,7 @@ def make_step(parts: ModelParts, stage: StageConfig, optimizer: optax.GradientTr
     return step
 
 
-def _make_objective(parts: ModelParts, stage: StageConfig):
+def _make_objective(parts: ModelParts, stage: StageConfig, classes: int = 0):
     """Returns `summed(params, batch) -> (f32[], sums)` of a batch whose weights are those of the loss.
 
     The first is what is differentiated, to be divided by the weights of the whole batch: the weighted losses, and the
@@ -132,6 +135,10 @@ def _make_objective(parts: ModelParts, stage: StageConfig):
         total = jnp.sum(weighted_BT)
         weight = jnp.sum(batch.loss_weights)
         sums = {"total": total}
+        if classes and batch.classes is not None:
+            of_classes = (batch.classes.reshape(-1), classes + 1)
+            sums["loss"] = jax.ops.segment_sum(weighted_BT.reshape(-1), *of_classes)[1:]
+            sums["weight"] = jax.ops.segment_sum(batch.loss_weights.reshape(-1), *of_classes)[1:]
         objective = total
         if load:
             balance, z = balance_loss(load), z_loss(load)
@@ -142,9 +149,9 @@ def _make_objective(parts: ModelParts, stage: StageConfig):
     return summed
 
 
-def make_gradients(parts: ModelParts, stage: StageConfig):
+def make_gradients(parts: ModelParts, stage: StageConfig, classes: int = 0):
     """Returns `gradients(params, frozen, batch) -> (loss, gradients, sums)` of a whole batch."""
-    summed = _make_objective(parts, stage)
+    summed = _make_objective(parts, stage, classes)
     execution = make_execution(parts, stage)
 
     def one(params: Params, frozen: Params, batch: Batch):

@@ -6,12 +6,16 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.parallel.mesh import make_mesh, single_device_mesh
 from qwenvl_jax.parallel.placement import shard_batch
-from qwenvl_jax.parallel.rules import DEFAULT_RULES, param_shardings, partition_spec
+from qwenvl_jax.parallel.rules import DEFAULT_RULES, make_rules, param_shardings, partition_spec
+from qwenvl_jax.train.config import MeshConfig, StageConfig, TrainConfig
+from qwenvl_jax.train.devices import mesh_of
 
 
 def test_a_collision_names_the_weight_and_both_axes():
@@ -96,3 +100,48 @@ def mixed_batch(even_config):
     rows = [[sample(12, (1, 2, 2 * r + 2)), sample(9 + r, (1, 4, 2))] for r in range(4)]
     table = np.linspace(-1, 1, 256, dtype=np.float32)[None].repeat(3, 0)
     return collate(rows, length=32, pixel_table=table, groups=4, vision_shape=((2, 16),), pad_token_id=0)
+
+
+def test_a_table_is_chosen_by_name_and_changed_by_rule():
+    assert make_rules("fsdp_tensor") == DEFAULT_RULES
+    mesh = make_mesh(fsdp=2, tensor=2, context=2)
+    weight = ("layers.k.kernel", (8, 4), ("embed", "kv_heads"), mesh)
+    assert partition_spec(*weight, make_rules("fsdp_tensor")) == PartitionSpec("fsdp", "tensor")
+    assert partition_spec(*weight, make_rules("zero")) == PartitionSpec(("fsdp", "context"), "tensor")
+    assert partition_spec(*weight, make_rules("replicated")) == PartitionSpec(None, "tensor")
+    changed = make_rules("zero", ("kv_heads=", "embed=context"))
+    assert partition_spec(*weight, changed) == PartitionSpec("context", None)
+
+
+@pytest.mark.parametrize(
+    ("table", "rules", "told"),
+    [
+        ("zerro", (), "unknown sharding rules 'zerro'; the tables are fsdp_tensor, zero, replicated"),
+        ("zero", ("colour=fsdp",), "'colour=fsdp': expected axis=mesh axes"),
+        ("zero", ("embed",), "'embed': expected axis=mesh axes"),
+        ("zero", ("embed=fsdp+model",), "unknown mesh axis 'model'"),
+    ],
+)
+def test_rules_that_name_nothing_are_refused(table, rules, told):
+    with pytest.raises(ConfigError, match=told):
+        make_rules(table, rules)
+
+
+def test_the_mesh_of_a_run_takes_rules_and_checks_every_stage(tmp_path):
+    """Rows, groups, tokens and vision rows that the mesh does not divide, before anything is read."""
+
+    def config(mesh: MeshConfig, **batch) -> TrainConfig:
+        shape = BatchShape(**({"rows": 8, "groups": 8, "length": 64, "vision": ((4, 16),)} | batch))
+        stage = StageConfig(name="s", steps=1, batch=shape)
+        return TrainConfig(model="m", stages=(stage,), processor="p", mesh=mesh)
+
+    mesh, rules = mesh_of(config(MeshConfig(fsdp=2, context=2, tensor=2, rules="zero", override=("vocab=",))))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "expert": 1, "context": 2, "tensor": 2}
+    assert rules["vocab"] == () and rules["embed"] == ("fsdp", "expert", "context")
+    for mesh_config, batch, told in (
+        (MeshConfig(), {"rows": 4, "groups": 4}, r"batch.rows=4 and batch.groups=4 must be multiples of 8"),
+        (MeshConfig(fsdp=2, context=4), {"length": 60}, r"batch.length=60 must be a multiple of 8, two chunks"),
+        (MeshConfig(fsdp=2, tensor=4), {"vision": ((6, 16),)}, r"must have multiples of 4 rows"),
+    ):
+        with pytest.raises(ConfigError, match=f"stage s: .*{told}"):
+            mesh_of(config(mesh_config, **batch))

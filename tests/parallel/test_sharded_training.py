@@ -67,7 +67,7 @@ def test_every_table_of_rules_computes_the_same(generation, table):
 def test_heads_of_keys_may_be_fewer_than_devices_of_tensor():
     config = even_config("qwen3_vl")
     for sizes in ({"data": 2, "tensor": 4}, {"context": 2, "tensor": 4}):
-        parts = parts_on(config, override=(("kv_heads", ()), ("vision_rows", ())), **sizes)
+        parts = parts_on(config, override=("kv_heads=", "vision_rows="), **sizes)
         assert_same(outcome(parts, everything(config)), alone("qwen3_vl"))
 
 

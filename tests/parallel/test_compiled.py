@@ -1,0 +1,127 @@
+"""What a compiled step holds and moves, on slices of TPUs that need not be there and on eight CPU devices."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from qwenvl_jax.parallel.mesh import make_mesh
+from qwenvl_jax.presets import PRESETS
+from qwenvl_jax.train.config import StageConfig
+from tests.parallel.compiled import collectives, compile_step, tpu_devices
+from tests.parallel.meshed import even_config
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
+)
+
+
+def few_layers(name: str, layers: int = 2):
+    """A public model with its widths and few layers."""
+    config = PRESETS[name]
+    taps = tuple(range(min(len(config.vision.deepstack_visual_indexes), layers)))
+    return dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, num_hidden_layers=layers, vocab_size=4096),
+        vision=dataclasses.replace(config.vision, depth=layers, deepstack_visual_indexes=taps),
+    )
+
+
+def across_groups(program: str, mesh, features: set[int]):
+    """Collectives that hold something with one of these sizes, and join devices of different vision groups."""
+    coordinates = np.arange(mesh.size).reshape(mesh.devices.shape)
+    shares = np.empty(mesh.size, int)
+    parts = int(np.prod(mesh.devices.shape[:3]))
+    shares[coordinates.reshape(parts, -1)] = np.arange(parts)[:, None]
+    for one in collectives(program):
+        held = any(size in features for shape in one.shapes for size in shape)
+        if held and any(len({shares[device] for device in group}) > 1 for group in one.groups):
+            yield one
+
+
+# 502 merged tokens, from two rows of 1004 patches: no weight has such a size.
+VISION, FEATURES = ((2, 1004),), {502, 251, 1004, 2 * 502, 4 * 502, 8 * 502}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}])
+def test_no_device_sees_the_features_of_another_group(sizes):
+    mesh = make_mesh(jax.devices()[:8], **sizes)
+    program = compile_step(even_config("qwen3_vl"), mesh, dtype="float32", length=512, vision=VISION)
+    text = program.as_text()
+    assert len(collectives(text)) > 10
+    assert list(across_groups(text, mesh, FEATURES)) == []
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_no_device_of_a_tpu_slice_sees_the_features_of_another_group():
+    mesh = make_mesh(tpu_devices("v5e:2x4"), fsdp=4, tensor=2)
+    text = compile_step(few_layers("qwen3_vl_2b"), mesh, length=512, vision=VISION).as_text()
+    assert len(collectives(text)) > 10
+    assert list(across_groups(text, mesh, FEATURES)) == []
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_temporaries_do_not_grow_with_the_slice(axis):
+    """The same work on each of 8 and of 256 devices."""
+
+    def temporaries(topology, **sizes):
+        mesh = make_mesh(tpu_devices(topology), **sizes)
+        return compile_step(few_layers("qwen3_vl_2b"), mesh, vision=((2, 512),)).memory_analysis().temp_size_in_bytes
+
+    small = temporaries("v5e:2x4", fsdp=8)
+    large = temporaries("v5e:16x16", **({"data": 32, "fsdp": 8} if axis == "data" else {"fsdp": 256}))
+    # Gradients are split as their weights, so that a larger `fsdp` needs less.
+    assert large <= 1.05 * small
+    if axis == "data":
+        assert large >= 0.95 * small
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes", "settings"),
+    [
+        ("qwen2_vl_2b", {"fsdp": 8}, {}),
+        ("qwen2_5_vl_3b", {"fsdp": 4, "tensor": 2}, {}),
+        ("qwen3_vl_4b", {"fsdp": 2, "context": 2, "tensor": 2}, {"length": 4096}),
+        ("qwen3_vl_30b_a3b", {"fsdp": 2, "expert": 4}, {}),
+    ],
+)
+def test_every_generation_compiles_for_tpus(name, sizes, settings):
+    """With the Pallas kernel, which CPU programs do not have, and experts' ragged exchange."""
+    mesh = make_mesh(tpu_devices("v5p:2x2x2"), **sizes)
+    memory = compile_step(few_layers(name), mesh, **settings).memory_analysis()
+    assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 95 * 2**30
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_activations_are_kept_in_the_host_s_memory():
+    mesh = make_mesh(tpu_devices("v5e:2x4"), fsdp=8)
+
+    def memory(remat):
+        stage = StageConfig(name="s", steps=10, remat=remat)
+        return compile_step(few_layers("qwen3_vl_2b", 4), mesh, stage=stage, length=4096).memory_analysis()
+
+    offloaded, kept = memory("offload"), memory("full")
+    # The input of each of four layers: 4096 tokens of 2048 values in two bytes.
+    assert offloaded.host_temp_size_in_bytes >= 4 * 4096 * 2048 * 2 > kept.host_temp_size_in_bytes == 0
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_slices_are_laid_out_with_the_slow_network_outermost():
+    from jax.experimental import topologies
+
+    tpu_devices("v5e:2x4")
+    two = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
+    mesh = make_mesh(two, data=2, fsdp=4, tensor=2)
+    assert [len({device.slice_index for device in part.flat}) for part in mesh.devices] == [1, 1]
+    mesh = make_mesh(two, fsdp=8, tensor=2)
+    assert [len({device.slice_index for device in part.flat}) for part in np.split(mesh.devices, 2, axis=1)] == [1, 1]
