@@ -98,6 +98,8 @@ def test_declared_dependencies_are_those_imported():
     needed = {_canonical(owners.get(name, [name])[0]) for name in outside}
     extras = PROJECT["optional-dependencies"]
     listed = {
-        _canonical(re.match(r"[\w.-]+", text)[0]) for text in PROJECT["dependencies"] + extras["tfds"] + extras["beam"]
+        _canonical(re.match(r"[\w.-]+", text)[0])
+        for text in PROJECT["dependencies"]
+        + [text for name in ("tfds", "beam", "tensorboard", "wandb") for text in extras[name]]
     }
     assert needed == listed - {"qwenvl-jax"}

@@ -32,6 +32,7 @@ from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.data.sources import Source
 from qwenvl_jax.data.supervised import Supervised, end_with_parent
 from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
+from qwenvl_jax.flops import Work
 
 _NAMED = 20  # samples that an error names
 
@@ -52,7 +53,9 @@ class Loaded:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["batch"], meta_fields=["tokens", "row_hashes", "failed", "state"]
+    jax.tree_util.register_dataclass,
+    data_fields=["batch"],
+    meta_fields=["tokens", "row_hashes", "failed", "state", "work"],
 )
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
@@ -64,6 +67,7 @@ class PlannedBatch:
       row_hashes: sha256, in hex, for each row over span, name, tokens and pixels of its samples in order.
       failed: planned samples that are not in it, since they could not be made.
       state: what the plan goes on from after it, as JSON; see `qwenvl_jax.data.packing.Plan.state`.
+      work: what a step over it costs follows from this.
     """
 
     batch: Batch
@@ -71,6 +75,7 @@ class PlannedBatch:
     row_hashes: tuple[str, ...]
     failed: tuple[Failure, ...] = ()
     state: str = ""
+    work: Work = dataclasses.field(default_factory=Work)
 
     @property
     def hash(self) -> str:
@@ -245,7 +250,7 @@ class BatchLoader:
             **self._fixed,
         )
         state = json.dumps(self.plan.state(step + 1))
-        return PlannedBatch(batch, tokens, tuple(hashes), tuple(failed), state)
+        return PlannedBatch(batch, tokens, tuple(hashes), tuple(failed), state, Work.of(batch))
 
     def _black(self, index: int) -> Sample:
         """A sample of no token with black frames of the sizes that were measured."""

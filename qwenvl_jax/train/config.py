@@ -29,6 +29,7 @@ RUNTIME_FIELDS = frozenset(
         "keep_checkpoints",
         "max_failed",
         "measure_at_most",
+        "track",
     }
 )
 
@@ -247,6 +248,7 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints; one is also written at the end of each stage.
       keep_checkpoints: how many of the latest stay.
       mesh: the devices.
+      track: where figures are shown besides the run's folder: "tensorboard", "wandb"; see `qwenvl_jax.train.tracking`.
     """
 
     model: QwenVLConfig | str
@@ -259,6 +261,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     mesh: MeshConfig = MeshConfig()
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self):
         names = [stage.name for stage in self.stages]

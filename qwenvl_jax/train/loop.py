@@ -27,6 +27,7 @@ from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.data.failure import Failure, check_share
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.flops import peak_flops, step_flops
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.parallel.host_memory import keep_freed_memory
 from qwenvl_jax.parallel.placement import Execution, shard_batch
@@ -36,13 +37,15 @@ from qwenvl_jax.train.config import TrainConfig, fingerprint
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.curriculum import Stage, prepare_stages
 from qwenvl_jax.train.devices import mesh_of
-from qwenvl_jax.train.metrics import MetricsLog, TimingLog
+from qwenvl_jax.train.metrics import MetricsLog, learning_rates
 from qwenvl_jax.train.optimizer import make_optimizer
 from qwenvl_jax.train.overrides import apply_overrides
 from qwenvl_jax.train.progress import Progress
 from qwenvl_jax.train.quarantine import Quarantine
 from qwenvl_jax.train.state import GuardState, ModelParts, Params, TrainState
 from qwenvl_jax.train.step import make_step
+from qwenvl_jax.train.timings import TimingLog, first_start
+from qwenvl_jax.train.tracking import Trackers, check_trackers
 
 _WORTH_TELLING = 0.1  # share of a stage's time spent waiting for batches
 
@@ -120,6 +123,7 @@ class _Run:
         self.config, self.out, self.progress, self.on_step = config, out, progress, on_step
         self.say = progress.say
         keep_freed_memory()
+        check_trackers(config.track)
         self.mesh, self.rules = mesh_of(config)
         origin = config.processor or config.init or config.model
         if isinstance(origin, QwenVLConfig):
@@ -154,8 +158,15 @@ class _Run:
         metrics = MetricsLog(self.out / "metrics.jsonl", done)
         planned = [(stage.config.name, failure) for stage in self.stages for failure in stage.failures]
         self.quarantine = Quarantine(self.out, planned, done)
-        self.timings = TimingLog(self.out / "timings.jsonl", done)
-        with contextlib.closing(metrics), contextlib.closing(self.timings), _stop_signals() as stop:
+        devices = list(self.mesh.devices.flat)
+        self.timings = TimingLog(self.out / "timings.jsonl", done, started=first_start(self.out), devices=devices)
+        self.trackers = Trackers(self.config.track, self.out, done, self.fingerprint)
+        if unknown := {device.device_kind for device in devices if peak_flops(device) is None}:
+            self.say(f"no MFU is told: the peak FLOPs of {', '.join(sorted(unknown))} are not known")
+        logs = (metrics, self.timings, self.trackers)
+        with contextlib.ExitStack() as opened, _stop_signals() as stop:
+            for log in logs:
+                opened.enter_context(contextlib.closing(log))
             for stage in self.stages:
                 if done >= stage.end or stop.is_set():
                     continue
@@ -186,12 +197,14 @@ class _Run:
             # The place in the data: how many batches of which stage were taken, and how the plan goes on.
             place = {"stage": stage.index, "batches": done - stage.begin, "plan": plan}
             store.save(done, {"state": state, "frozen": frozen}, place)
+            self.timings.start()
 
-        compiled, plan = None, ""
+        compiled, plan, rates = None, "", learning_rates(stage.config)
         while done < stage.end and not stop.is_set():
             asked = time.monotonic()
             planned = next(batches)
             wait = time.monotonic() - asked
+            self.timings.waited(wait)
             self._leave_out(stage, done + 1, planned.failed)
             batch = shard_batch(planned.batch, self.mesh, self.rules)
             if compiled is None:
@@ -199,8 +212,9 @@ class _Run:
             state, output = compiled(state, frozen, batch)
             done, plan = done + 1, planned.state
             line = {"step": done, "tokens": planned.tokens, "batch": planned.hash, "stage": stage.config.name}
-            self._written(metrics.push(line, output))
-            self.timings.push(done, wait)
+            line["learning_rate"] = float(rates[done - stage.begin - 1])
+            self.timings.begin(done, planned.work, step_flops(self.parts.config, planned.work, state.params).total)
+            self._written(metrics.push(line, output, stage.classes))
             self.progress.waited(wait)
             if done == stage.end or done % self.config.checkpoint_every == 0:
                 save()
@@ -241,7 +255,9 @@ class _Run:
         if line is None:
             return
         self._tell_skipped(line)
-        self.progress.update(line)
+        timing_line, timing = self.timings.finish(line["step"])
+        self.progress.update(line, timing)
+        self.trackers.write("metrics", line | timing_line)
         if self.on_step is not None:
             self.on_step(line)
 
@@ -279,6 +295,7 @@ class _Run:
             f"{learning + sum(weight.size for weight in frozen.values()):,} weights learn"
         )
         self.progress.start_clock()
+        self.timings.start()
         return compiled
 
     def _optimizer(self, stage: Stage):

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+    from qwenvl_jax.train.timings import Timing
+
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_DRAWINGS = 0.25
 _WAIT_SHOWN = 0.05  # share of the time spent waiting for batches that is shown
 
 
 class Progress:
-    """Shows stage, step, loss, tokens a second and the time left; also the voice of the run's messages.
+    """Shows stage, step, loss, tokens a second, MFU and the time left; also the voice of the run's messages.
 
     Args:
       steps: of the whole run.
@@ -27,6 +29,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._began, self._shown = time.monotonic(), float("-inf")
         self._first, self._tokens, self._waited = done, 0, 0.0
+        self._seen, self._used = 0, 0.0
         self._bar: Bar | None = None
 
     def __enter__(self):
@@ -62,6 +65,7 @@ class Progress:
     def start_clock(self) -> None:
         """Begins to count speed anew, after a pause for compiling."""
         self._began, self._first, self._tokens, self._waited = time.monotonic(), self._done, 0, 0.0
+        self._seen, self._used = 0, 0.0
 
     def waited(self, seconds: float) -> None:
         """Counts a wait for a batch."""
@@ -72,8 +76,11 @@ class Progress:
         """Share of the time, since the clock was started, that went into waiting for batches."""
         return self._waited / max(time.monotonic() - self._began, 1e-9)
 
-    def update(self, line: dict[str, Any]) -> None:
-        """Takes a finished step's line of the metrics."""
+    def update(self, line: dict[str, Any], timing: "Timing | None" = None) -> None:
+        """Takes a finished step's line of the metrics, and how fast it was."""
+        if timing is not None:
+            self._seen += timing.vision_tokens
+            self._used += (timing.mfu or 0.0) * timing.seconds
         self._done, self._tokens = line["step"], self._tokens + line["tokens"]
         now = time.monotonic()
         if now - self._shown < (_SECONDS_BETWEEN_LINES if self._bar is None else _SECONDS_BETWEEN_DRAWINGS):
@@ -82,7 +89,13 @@ class Progress:
         seconds = max(now - self._began, 1e-9)
         left = (self._steps - self._done) * seconds / max(self._done - self._first, 1)
         loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
-        figures = f"loss {loss}  {self._tokens / seconds:,.0f} tokens/s  {_clock(left)} left"
+        loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+        figures = f"loss {loss}  {self._tokens / seconds:,.0f} tokens/s"
+        if self._seen:
+            figures += f" ({self._seen / seconds:,.0f} vision)"
+        if self._used:
+            figures += f"  MFU {self._used / seconds:.1%}"
+        figures += f"  {_clock(left)} left"
         if self.wait_share >= _WAIT_SHOWN:
             figures += f"  waits for data {self.wait_share:.0%}"
         if self._bar is None:

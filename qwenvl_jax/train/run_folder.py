@@ -2,9 +2,12 @@
 
 config.json      the settings that the numbers follow from
 metrics.jsonl    one line a step
-timings.jsonl    one line a step: seconds, and those spent waiting for its batch
+timings.jsonl    one line a step: seconds, waits for data, tokens a second, MFU; see `qwenvl_jax.train.timings`
+validation.jsonl one line for each time the model was judged; see `qwenvl_jax.train.validation`
+started          when the run was first started, in seconds since 1970
 train.log        what the run said
 quarantine.jsonl samples that could not be used, and why; see `qwenvl_jax.train.quarantine`
+tensorboard/     what TensorBoard shows, and wandb/ likewise, where `track` asks for it
 checkpoints/     by step, see `qwenvl_jax.checkpoint.store`
 model/           the trained model in the public layout, when the run is done
 """

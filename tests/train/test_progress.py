@@ -4,6 +4,7 @@ import io
 
 from qwenvl_jax.train import progress as progress_module
 from qwenvl_jax.train.progress import Progress
+from qwenvl_jax.train.timings import Timing
 
 
 class Terminal(io.StringIO):
@@ -56,3 +57,20 @@ def test_bar_in_a_terminal():
     assert "[starting]" in shown
     assert "s0 3/10" in shown
     assert "loss 1.2500" in shown
+
+
+def test_vision_tokens_and_use_of_the_devices(monkeypatch):
+    """Means since the clock was started; MFU only where it is known."""
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with Progress(10, 0, None, stream) as progress:
+        progress.update(line(1), Timing(1.0, 0.0, 100, 0, None))
+        now[0] = 20.0
+        progress.update(line(2), Timing(5.0, 0.0, 100, 600, 0.6))
+        now[0] = 40.0
+        progress.update(line(3) | {"loss": None}, Timing(5.0, 0.0, 100, 0, 0.6))
+    assert "MFU" not in stream.getvalue().splitlines()[0] and "vision" not in stream.getvalue().splitlines()[0]
+    assert stream.getvalue().splitlines()[2] == (
+        "s0 step 3/10  loss none  8 tokens/s (15 vision)  MFU 15.0%  1:33 left"
+    )

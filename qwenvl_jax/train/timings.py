@@ -1,0 +1,123 @@
+"""`timings.jsonl`: what differs from run to run, apart from the metrics, which do not; a line a step, no step twice.
+
+    {"step": 7, "seconds": 1.283, "wait": 0.002, "tokens_per_second": 6315.7, "vision_tokens_per_second": 2411.1,
+     "mfu": 0.412, "memory_bytes": 61203283968, "peak_memory_bytes": 80530636800, "goodput": 0.93}
+
+- `seconds`: from the moment that the step before was done to the moment that this one was, or from the end of a pause
+  (compiling, saving, validating) between them.
+- `wait`: those of them that went into waiting for the next batch.
+- `mfu`: model FLOPs use, see `qwenvl_jax.flops`; left out where the peak of a device is not known.
+- `memory_bytes`, `peak_memory_bytes`: of the fullest device of this process; left out where devices do not tell.
+- `goodput`: of the wall time since the run was first started, pauses, failures and restarts included, the share that
+  went into steps that stand, waits left out. Steps that a resumed run takes once more do not stand.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qwenvl_jax.flops import Work, utilization
+from qwenvl_jax.train.metrics import length_of, read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How fast a step was; see the module for units.
+
+    Attributes:
+      seconds, wait: as in the line.
+      tokens, vision_tokens: of the batch.
+      mfu: from 0 to 1, or None.
+    """
+
+    seconds: float
+    wait: float
+    tokens: int
+    vision_tokens: int
+    mfu: float | None
+
+
+class TimingLog:
+    """Measures steps and writes their lines.
+
+    Args:
+      path: of the file.
+      done: steps that the restored checkpoint holds; later lines, and a line half written, are removed.
+      started: when the run was first started, in seconds since 1970; see `first_start`.
+      devices: that the steps run on.
+    """
+
+    def __init__(self, path: str | os.PathLike, done: int, *, started: float, devices: Sequence[jax.Device]):
+        self.path = Path(path)
+        self._file = self.path.open("ab")
+        self._file.truncate(length_of(self.path, done))
+        self._started, self._devices = started, devices
+        self._useful = sum(line["seconds"] - line["wait"] for line in read_metrics(self.path) if "seconds" in line)
+        self._last, self._wait = time.monotonic(), 0.0
+        self._running: collections.deque[tuple[int, Work, float]] = collections.deque()
+
+    def start(self) -> None:
+        """Begins to measure: what went before, a pause, is no step's time."""
+        self._last, self._wait = time.monotonic(), 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Counts a wait for a batch."""
+        self._wait += seconds
+
+    def begin(self, step: int, work: Work, flops: float) -> None:
+        """Takes a step that was handed to the devices: what is in its batch, and what it costs."""
+        self._running.append((step, work, flops))
+
+    def finish(self, step: int) -> tuple[dict[str, Any], Timing]:
+        """Writes the line of a step that is done, and returns it."""
+        number, work, flops = self._running.popleft()
+        assert number == step, "steps end in the order in which they began"
+        now = time.monotonic()
+        seconds, wait = max(now - self._last, 1e-9), self._wait
+        self._last, self._wait = now, 0.0
+        self._useful += seconds - wait
+        timing = Timing(seconds, wait, work.tokens, work.vision_tokens, utilization(flops, seconds, self._devices))
+        line: dict[str, Any] = {
+            "step": step,
+            "seconds": round(seconds, 6),
+            "wait": round(min(wait, seconds), 6),
+            "tokens_per_second": round(work.tokens / seconds, 1),
+            "vision_tokens_per_second": round(work.vision_tokens / seconds, 1),
+        }
+        if timing.mfu is not None:
+            line["mfu"] = round(timing.mfu, 4)
+        line |= self._memory()
+        line["goodput"] = round(self._useful / max(time.time() - self._started, self._useful, 1e-9), 4)
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        return line, timing
+
+    def _memory(self) -> dict[str, int]:
+        here = [device.memory_stats() or {} for device in self._devices if device.process_index == jax.process_index()]
+        found = {}
+        for name, key in (("memory_bytes", "bytes_in_use"), ("peak_memory_bytes", "peak_bytes_in_use")):
+            if told := [stats[key] for stats in here if key in stats]:
+                found[name] = max(told)
+        return found
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def first_start(folder: Path) -> float:
+    """When the run in a folder was first started, in seconds since 1970: now, if it is not written there yet."""
+    path = folder / "started"
+    try:
+        return float(path.read_text())
+    except (FileNotFoundError, ValueError):
+        now = time.time()
+        path.write_text(f"{now}\n")
+        return now
