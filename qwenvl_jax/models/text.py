@@ -8,6 +8,7 @@ the hidden states of the vision tokens. Sources: Qwen3-VL technical report, sect
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qwenvl_jax.config import TextConfig
 from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, Linear, RMSNorm
@@ -16,7 +17,7 @@ from qwenvl_jax.ops.attention import attention
 from qwenvl_jax.ops.rope import rotate
 from qwenvl_jax.ops.router import router_load
 from qwenvl_jax.ops.row_attention import text_attention
-from qwenvl_jax.parallel.placement import Execution
+from qwenvl_jax.parallel.placement import LAYER_INPUT, Execution
 
 
 class TextAttention(nnx.Module):
@@ -131,6 +132,7 @@ class Decoder(nnx.Module):
 
         def body(x, layer):
             layer, index = layer
+            x = checkpoint_name(x, LAYER_INPUT)
             x, keys_values, routed = layer(x, cos, sin, attend, execution)
             load = None if routed is None else router_load(routed[0], routed[1], segments_BT)
             return _add_deepstack(x, index, deepstack), (keys_values, load)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qwenvl_jax.batch import VisionRows
 from qwenvl_jax.config import VisionConfig
@@ -22,7 +23,7 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, LayerNorm, Linear, RMSNorm
 from qwenvl_jax.ops.rope import rotate, vision_cos_sin
 from qwenvl_jax.ops.row_attention import vision_attention
-from qwenvl_jax.parallel.placement import Execution
+from qwenvl_jax.parallel.placement import LAYER_INPUT, Execution
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -146,7 +147,7 @@ class VisionTower(nnx.Module):
         def body(carry, layer):
             x, kept = carry
             block, slot, full = layer
-            x = block(x, cos, sin, attend_in(full), execution)
+            x = block(checkpoint_name(x, LAYER_INPUT), cos, sin, attend_in(full), execution)
             if taps:
                 kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
             return (x, kept), None

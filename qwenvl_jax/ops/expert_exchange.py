@@ -34,7 +34,7 @@ def placed_experts(x_BTH, shares_BTk, experts_BTk, gate_up_XH2F, down_XFH, execu
         x_NH, shares_Nk, experts_Nk = _flat(x_BTH, shares_BTk, experts_BTk)
         return experts_mlp(x_NH, shares_Nk, experts_Nk, gate_up_XH2F, down_XFH).reshape(x_BTH.shape)
 
-    tokens = execution.spec("batch", "tokens", None)
+    tokens = execution.fitting_spec(x_BTH.shape, "batch", "tokens", None)
     gate_up_spec = execution.spec("experts", "expert_embed", None, "expert_mlp")
     down_spec = execution.spec("experts", "expert_mlp", "expert_embed")
     devices, ragged = execution.split("experts"), execution.platform != "cpu"

@@ -29,7 +29,8 @@ def token_losses(hidden_BTH, head_HV, targets_BT, *, chunk: int = 1024, executio
     head_HV = head_HV.astype(hidden_BTH.dtype)
     if execution is None or execution.mesh.size == 1:
         return _local_losses(hidden_BTH, head_HV, targets_BT, chunk, None)
-    tokens, weight = execution.spec("batch", "tokens"), execution.spec("embed", "vocab")
+    tokens = execution.fitting_spec(targets_BT.shape, "batch", "tokens")
+    weight = execution.fitting_spec(head_HV.shape, "embed", "vocab")
 
     def local(hidden, head, targets):
         if weight[0] is not None:

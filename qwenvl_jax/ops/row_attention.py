@@ -7,12 +7,13 @@ queries it has. A ring would move the same bytes one device at a time; the kerne
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.ops.attention import attention
 from qwenvl_jax.ops.splash import LANES, make_kernel, run_kernel, splash_attention
 from qwenvl_jax.parallel.context import balanced_slots, from_balanced
-from qwenvl_jax.parallel.placement import ATTENTION, Execution, checkpoint_tree
+from qwenvl_jax.parallel.placement import ATTENTION, Execution
 
 
 def text_attention(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
@@ -26,17 +27,18 @@ def text_attention(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
     if execution.balanced:
         return _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution)
     if execution.backend == "splash":
-        queries = execution.spec("batch", None, "heads", None)
-        keys = execution.spec("batch", None, "kv_heads", None)
+        queries = execution.fitting_spec(q_BTNE.shape, "batch", None, "heads", None)
+        keys = execution.fitting_spec(k_BTKE.shape, "batch", None, "kv_heads", None)
+        segments = execution.fitting_spec(segments_BT.shape, "batch", None)
 
         def rows(q, k, v, s):
             k, v = _own_heads(k, v, q, q_BTNE, execution)
             return splash_attention(q, k, v, s, causal=True, interpret=execution.platform != "tpu")
 
-        run = execution.map(rows, (queries, keys, keys, execution.spec("batch", None)), queries)
+        run = execution.map(rows, (queries, keys, keys, segments), queries)
         return run(q_BTNE, k_BTKE, v_BTKE, segments_BT)
     y = attention(q_BTNE, k_BTKE, v_BTKE, q_segments_BT=segments_BT, kv_segments_BS=segments_BT, causal=True)
-    return checkpoint_tree(y, ATTENTION)
+    return checkpoint_name(y, ATTENTION)
 
 
 def vision_attention(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL, execution: Execution, *, span: int | None = None):
@@ -57,9 +59,9 @@ def vision_attention(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL, execution: Executi
 
     # The kernel knows no spans; windows are far shorter than its blocks.
     if execution.backend == "splash" and (span is None or 3 * span >= q_GRLNE.shape[2]):
-        spec = execution.spec("groups", "vision_rows")
+        spec = execution.fitting_spec(q_GRLNE.shape, "groups", "vision_rows")
         return execution.map(kernel, (spec,) * 4, spec)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL)
-    return checkpoint_tree(jax.vmap(group)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL), ATTENTION)
+    return checkpoint_name(jax.vmap(group)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL), ATTENTION)
 
 
 def _own_heads(k, v, q, all_q, execution: Execution):
@@ -94,7 +96,7 @@ def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
             mine = slice(half * chunk, (half + 1) * chunk)
             own = {"q_segments_BT": s[:, mine], "kv_segments_BS": all_s}
             parts.append(attention(q[:, mine], k, v, **own, causal=True, first=place * chunk))
-        return checkpoint_tree(jnp.concatenate(parts, axis=1), ATTENTION)
+        return checkpoint_name(jnp.concatenate(parts, axis=1), ATTENTION)
 
     if execution.backend != "splash" or T % (2 * devices * LANES):
         return execution.map(plain, (queries, keys, keys, segments), queries)(q_BTNE, k_BTKE, v_BTKE, segments_BT)

@@ -4,14 +4,12 @@ None of it changes what comes out, beyond rounding.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.errors import ConfigError
@@ -21,7 +19,7 @@ from qwenvl_jax.parallel.rules import BATCH_AXES, DEFAULT_RULES, Rules, mesh_axe
 Remat = Literal["none", "full", "attention", "products", "offload"]
 Backend = Literal["auto", "plain", "splash"]
 
-# Names that layers give to what a policy may keep.
+# Names that layers give, by `jax.ad_checkpoint.checkpoint_name`, to what a policy may keep.
 LAYER_INPUT, ATTENTION = "layer_input", "attention"
 
 
@@ -50,6 +48,15 @@ class Execution:
     attention: Backend = "auto"
     balanced: bool = False
 
+    def _key(self):
+        return self.mesh, frozenset(self.rules.items()), self.remat, self.unroll, self.attention, self.balanced
+
+    def __eq__(self, other):
+        return isinstance(other, Execution) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
+
     def __post_init__(self):
         for field, kinds in (("remat", Remat), ("attention", Backend)):
             if getattr(self, field) not in get_args(kinds):
@@ -75,6 +82,11 @@ class Execution:
         """How an array with these logical axes is split; None is an axis that is whole."""
         names = (mesh_axes(axis, self.mesh, self.rules) for axis in axes)
         return PartitionSpec(*(found if len(found) > 1 else (found[0] if found else None) for found in names))
+
+    def fitting_spec(self, shape: Sequence[int], *axes: str | None) -> PartitionSpec:
+        """`spec` of an array of this shape; an axis that does not divide is whole."""
+        fitting = (axis if size % self.split(axis) == 0 else None for size, axis in zip(shape, axes, strict=False))
+        return self.spec(*fitting)
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Has the compiler lay out x by its logical axes; an axis that does not divide is left to it.
@@ -104,16 +116,8 @@ class Execution:
         if self.remat == "none":
             return body
 
-        def named(carry, layer):
-            return body(checkpoint_tree(carry, LAYER_INPUT), layer)
-
         # prevent_cse guards against undoing this outside of a loop only.
-        return jax.checkpoint(named, policy=_policy(self.remat), prevent_cse=self.unroll)
-
-
-def checkpoint_tree(tree, name: str):
-    """Names every array of a tree for the policies of `Execution.remat`."""
-    return jax.tree.map(functools.partial(checkpoint_name, name=name), tree)
+        return jax.checkpoint(body, policy=_policy(self.remat), prevent_cse=self.unroll)
 
 
 def _policy(remat: Remat):
