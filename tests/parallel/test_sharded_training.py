@@ -1,11 +1,14 @@
 """A training step on every mesh of eight devices gives what one device gives, for every generation."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from qwenvl_jax.parallel.placement import Execution
 from tests.checkpoint.shape import GENERATIONS
 from tests.parallel.meshed import assert_same, even_config, everything, outcome, parts_on
 from tests.support import MODEL_TYPES
@@ -99,3 +102,37 @@ def test_the_kernel_for_tpus_computes_the_same(sizes):
 def test_generations_are_all_there():
     assert set(MODEL_TYPES) <= set(GENERATIONS) and len(jax.devices()) >= 8
     assert np.prod(list(MESHES["context+tensor"].values())) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("generation", "sizes"),
+    [
+        ("qwen3_vl", {"fsdp": 2, "tensor": 2}),
+        ("qwen3_vl_moe", {"fsdp": 2, "expert": 2, "tensor": 2}),
+        ("qwen2_5_vl", {"data": 2, "fsdp": 4}),
+    ],
+)
+def test_one_prompt_on_a_mesh_is_answered_alike(generation, sizes):
+    """Prefill and decoding of a single row, which no batch axis divides."""
+    config = even_config(generation)
+    prompt = jax.tree.map(lambda x: x[:1], everything(config, rows=4, groups=4))
+    prompt = dataclasses.replace(prompt, segment_ids=np.minimum(prompt.segment_ids, 1))
+
+    def answer(parts):
+        model = parts.merge(
+            {n: jax.device_put(np.asarray(v), parts.shardings[n]) for n, v in parts_on(config).random(1).items()}
+        )
+        model.execution = Execution(parts.mesh, parts.rules)
+        graph, state = nnx.split(model)
+        read = jax.jit(lambda state: nnx.merge(graph, state).prefill(prompt, prompt.tokens.shape[1] + 4))
+        step = jax.jit(lambda state, tokens, cache: nnx.merge(graph, state).decode(tokens, cache))
+        logits, cache = read(state)
+        found = [np.asarray(logits)]
+        for _ in range(3):
+            logits, cache = step(state, jax.numpy.argmax(logits, axis=-1).astype(np.int32), cache)
+            found.append(np.asarray(logits))
+        return np.stack(found)
+
+    wanted = answer(parts_on(config))
+    np.testing.assert_allclose(answer(parts_on(config, **sizes)), wanted, atol=1e-5 * np.abs(wanted).max())
