@@ -7,8 +7,8 @@ are the others.
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args, get_type_hints
 
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.data.facts import MEASURE_AT_MOST
@@ -32,6 +32,9 @@ RUNTIME_FIELDS = frozenset(
         "track",
     }
 )
+
+# Parts of the model with learning rates of their own, and the first names of their weights.
+PARTS = {"vision": ("vision",), "mergers": ("merger", "deepstack"), "text": ("text",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +112,18 @@ class DataConfig:
         return self.mixture or (MixturePart("", self.source, format=self.format),)
 
 
+def _bounded(bound: str, holds: Callable[[float], bool], *fields: str) -> dict[str, tuple]:
+    return dict.fromkeys(fields, (bound, holds))
+
+
+_OPTIMIZER_BOUNDS = {
+    **_bounded("more than 0", lambda x: 0 < x < math.inf, "learning_rate", "adam_learning_rate", "eps"),
+    **_bounded("at least 0", lambda x: 0 <= x < math.inf, "warmup_steps", "weight_decay", "clip_norm"),
+    **_bounded("from 0 to 1", lambda x: 0 <= x <= 1, "final_fraction", "decay_fraction"),
+    **_bounded("at least 0 and less than 1", lambda x: 0 <= x < 1, "b1", "b2", "momentum"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The update rule. Gradients are clipped by their global norm first.
@@ -117,9 +132,14 @@ class OptimizerConfig:
       name: "adamw", or "muon" for the matrices with AdamW for the rest (embeddings, output projection, norms, biases).
       learning_rate: the peak of the schedule.
       adam_learning_rate: under "muon", the peak for what AdamW updates.
-      schedule: after the warm-up, "constant", or "cosine" down to `final_fraction` of the peak.
+      rates: pairs (part, factor): the peaks of a part of the model are that many times those above, as for
+        (("vision", 0.3),). Parts are those of `PARTS`; without a pair a part has 1.
+      schedule: after the warm-up, "constant"; "cosine" down to `final_fraction` of the peak; or "wsd" (warm-up, stable,
+        decay): the peak, then down to `final_fraction` of it over the last `decay_fraction` of the stage.
       warmup_steps: steps of linear growth from 0.
-      final_fraction: of the peak, reached at the last step of a cosine.
+      final_fraction: of the peak, reached at the end of the last step of a cosine or of a decay.
+      decay_fraction: share of the stage's steps, of its last ones, that the decay of "wsd" takes.
+      decay_shape: of that decay, over its share t of steps done: "linear", 1 - t, or "sqrt", 1 - sqrt(t).
       b1, b2, eps: of AdamW.
       momentum: of Muon.
       weight_decay: decoupled, on matrices and tables only; multiplied by the learning rate.
@@ -129,15 +149,41 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     adam_learning_rate: float = 1e-4
-    schedule: Literal["constant", "cosine"] = "cosine"
+    rates: tuple[tuple[str, float], ...] = ()
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
     warmup_steps: int = 0
     final_fraction: float = 0.0
+    decay_fraction: float = 0.1
+    decay_shape: Literal["linear", "sqrt"] = "sqrt"
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-8
     momentum: float = 0.95
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+
+    def __post_init__(self):
+        for field in ("name", "schedule", "decay_shape"):
+            kinds = get_args(get_type_hints(OptimizerConfig)[field])
+            if getattr(self, field) not in kinds:
+                raise ConfigError(f"optimizer.{field}={getattr(self, field)!r} is not one of {', '.join(kinds)}.")
+        for field, (bound, holds) in _OPTIMIZER_BOUNDS.items():
+            if not holds(getattr(self, field)):
+                raise ConfigError(f"optimizer.{field}={getattr(self, field)} must be {bound}.")
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        if any(isinstance(pair, str) or len(pair) != 2 or pair[0] not in PARTS for pair in self.rates):
+            raise ConfigError(
+                f"optimizer.rates={self.rates} must be pairs (part, factor), parts being {', '.join(PARTS)}."
+            )
+        if len(dict(self.rates)) < len(self.rates):
+            raise ConfigError(f"optimizer.rates={self.rates} must name each part once.")
+        if any(not 0 < factor < math.inf for _, factor in self.rates):
+            raise ConfigError(
+                f"optimizer.rates={self.rates} must have factors of more than 0; a part that is not to learn is left "
+                "out of the stage's `trainable`."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
