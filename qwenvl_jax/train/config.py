@@ -7,6 +7,7 @@ are the others.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -52,6 +53,10 @@ class DataConfig:
       frame_rates: pairs (frames per second, weight), drawn anew for each sample in each epoch, for videos whose record
         gives neither `fps` nor `num_frames`; empty leaves them at the model's rate.
       video_budget: of videos whose record gives none; see `qwenvl_jax.data.mixture.VideoBudget`.
+      max_image_tokens: merged tokens that an image takes at most, before pooling, where its record gives no bounds in
+        pixels; None leaves the bounds of the processor.
+      root: folder in which relative paths of data sets lie; "" is the working directory. Where data lies changes
+        nothing in a run.
       remote_media: beginnings of the addresses from which images and videos may be fetched, such as "gs://my-bucket/";
         none are without. They are fetched anew each time they are needed.
       hms_share: from 0 to 1, the share of records that tell times as H:M:S; the others tell seconds.
@@ -77,6 +82,8 @@ class DataConfig:
     modality_weights: tuple[tuple[str, float], ...] = ()
     frame_rates: tuple[tuple[float, float], ...] = ()
     video_budget: VideoBudget = dataclasses.field(default_factory=VideoBudget)
+    max_image_tokens: int | None = None
+    root: str = ""
     remote_media: tuple[str, ...] = ()
     hms_share: float = 0.0
     shuffle: bool = True
@@ -95,6 +102,8 @@ class DataConfig:
             raise ConfigError(f"data.worker_timeout={self.worker_timeout} must be more than 0 seconds.")
         if not 0 <= self.max_failed <= 1:
             raise ConfigError(f"data.max_failed={self.max_failed} must be a share, from 0 to 1.")
+        if self.max_image_tokens is not None and self.max_image_tokens < 1:
+            raise ConfigError(f"data.max_image_tokens={self.max_image_tokens} must be at least 1, or None.")
         if self.measure_at_most < 0:
             raise ConfigError(f"data.measure_at_most={self.measure_at_most} must be at least 0.")
         if self.mixture and (self.source != "" or self.format != "auto"):
@@ -108,8 +117,16 @@ class DataConfig:
 
     @property
     def parts(self) -> tuple[MixturePart, ...]:
-        """The mixture; that of a single data set is the one part."""
-        return self.mixture or (MixturePart("", self.source, format=self.format),)
+        """The mixture, its paths in `root`; that of a single data set is the one part."""
+        parts = self.mixture or (MixturePart("", self.source, format=self.format),)
+        return tuple(dataclasses.replace(part, source=self._placed(part.source)) for part in parts)
+
+    def _placed(self, source):
+        """A path, or several, in `root`; objects as they are."""
+        if isinstance(source, tuple | list) and all(isinstance(path, str | os.PathLike) for path in source):
+            return tuple(os.path.join(self.root, path) for path in source)
+        is_path = isinstance(source, str | os.PathLike) and os.fspath(source)
+        return os.path.join(self.root, source) if is_path and self.root else source
 
 
 def _bounded(bound: str, holds: Callable[[float], bool], *fields: str) -> dict[str, tuple]:
@@ -343,5 +360,5 @@ def fingerprint(config: TrainConfig) -> dict[str, str]:
 
     Data sources are left out: where data lies changes nothing, and what it holds has a digest of its own.
     """
-    skipped = RUNTIME_FIELDS | {"source", "checkpoint_every"}
+    skipped = RUNTIME_FIELDS | {"source", "root", "checkpoint_every"}
     return {name: repr(value) for name, value in flat(config) if name.rsplit(".", 1)[-1] not in skipped}

@@ -129,6 +129,7 @@ class _Run:
         if isinstance(origin, QwenVLConfig):
             raise ConfigError("processor is empty; give the folder of a tokenizer and preprocessor settings.")
         self.processor = Processor.from_pretrained(origin)
+        self.say(f"tokenizer and preprocessor settings are those of {origin}")
         shape = config.model if isinstance(config.model, QwenVLConfig) else _shape_of(config.model)
         _check_ids(shape, self.processor)
         self.parts = ModelParts(
