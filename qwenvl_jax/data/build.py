@@ -178,7 +178,7 @@ def _assemble(
 ) -> None:
     """Makes a tfds data set of one split out of shards, in a folder that is not there yet."""
     info: Any = tfds.core.DatasetInfo
-    builder: Any = tfds.core.FileReaderBuilder
+    builder: Any = tfds.core.dataset_builder.FileReaderBuilder  # not among the names of tfds.core
 
     class Info(info):
         def initialize_from_bucket(self):

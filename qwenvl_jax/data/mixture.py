@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qwenvl_jax.data.built import with_other_facts
-from qwenvl_jax.data.facts import facts_digest, measure_each
+from qwenvl_jax.data.facts import facts_digest, measure_each, sample_key
 from qwenvl_jax.data.failure import Failure, check_share
 from qwenvl_jax.data.packing import SampleFacts
 from qwenvl_jax.data.pooling import MAX_SIDE, METHODS
@@ -97,6 +97,47 @@ class VideoBudget:
             raise ConfigError("video_budget.min_frame_tokens must be at most video_budget.max_frame_tokens.")
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageCap:
+    """What an image takes at most, where its record gives no bounds in pixels.
+
+    Attributes:
+      tokens: merged tokens, before pooling.
+      factor: pixels to the side of a merged token.
+      merge: patches to its side.
+      processor_key: of the processor; see `qwenvl_jax.data.facts.sample_key`.
+    """
+
+    tokens: int
+    factor: int
+    merge: int
+    processor_key: str
+
+    def of_record(self, record: Record) -> list[dict[str, Any]]:
+        """Its messages, every image bounded; as they are where facts that came with the record say that all fit.
+
+        So a built data set keeps its facts but for the images that are really made smaller.
+        """
+        images = [part for message in record.messages for part in _parts(message) if _is_image(part)]
+        if not any(map(self._bounds, images)):
+            return record.messages
+        if record.known is not None and record.known[0] == sample_key(record, self.processor_key):
+            runs = record.known[1][2]
+            if all(patches <= self.tokens * self.merge**2 for patches, _ in runs):
+                return record.messages
+        return [self._of_message(message) for message in record.messages]
+
+    def _of_message(self, message):
+        if not any(map(self._bounds, _parts(message))):
+            return message
+        pixels = {"max_pixels": self.tokens * self.factor**2}
+        return {**message, "content": [part | pixels if self._bounds(part) else part for part in message["content"]]}
+
+    @staticmethod
+    def _bounds(part) -> bool:
+        return _is_image(part) and part.get("min_pixels") is None and part.get("max_pixels") is None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mixture:
     """Measured parts.
@@ -149,6 +190,7 @@ class MixtureReader:
         hms_share: float = 0.0,
         frame_rates: Sequence[float] = (),
         budget: VideoBudget = VideoBudget(),
+        max_image_tokens: int | None = None,
         modality_weights: Sequence[tuple[str, float]] = (),
         measure_at_most: int | None = None,
         remote_media: tuple[str, ...] = (),
@@ -162,6 +204,7 @@ class MixtureReader:
           hms_share: see `qwenvl_jax.data.sources.Reading`.
           frame_rates: rates that are drawn for videos whose record gives neither a rate nor a number of frames.
           budget: of videos.
+          max_image_tokens: see `ImageCap`; None leaves images as they are.
           modality_weights: shares of the modalities, divided among the parts of each by their weights; none leaves the
             weights of the parts as they are.
           measure_at_most: see `at_most` of `qwenvl_jax.data.facts.measure_each`; holds for each part.
@@ -181,8 +224,11 @@ class MixtureReader:
         empty: list[tuple[MixturePart, list[Failure]]] = []
         samples, lowered = 0, 0
         processor = self._processor.fetching(remote_media) if remote_media else self._processor
+        cap = None
+        if max_image_tokens is not None:
+            cap = ImageCap(max_image_tokens, processor.image.factor, processor.merge_size, self._key)
         for part, (weight, final) in zip(parts, weights, strict=True):
-            measured = self._measure(part, processor, hms_share, tuple(frame_rates), budget, measure_at_most, say)
+            measured = self._measure(part, processor, hms_share, tuple(frame_rates), budget, cap, measure_at_most, say)
             table, used, failed, changed = _fitting(measured, misfit)
             failures += failed
             samples += len(measured.table)
@@ -207,6 +253,7 @@ class MixtureReader:
         hms_share: float,
         rates: tuple[float, ...],
         budget: VideoBudget,
+        cap: ImageCap | None,
         at_most,
         say,
     ):
@@ -214,7 +261,7 @@ class MixtureReader:
         if not isinstance(source, str | tuple):
             source = tuple(source) if isinstance(source, list) else id(source)
         some = None if part.max_samples is None else (part.max_samples, part.name)
-        name = (source, part.format, hms_share, some, rates, budget, processor.opener.remote)
+        name = (source, part.format, hms_share, some, rates, budget, cap, processor.opener.remote)
         if name not in self._measured:
             say(f"measuring {_called(part)}")
             reading = Reading.of(processor, format=part.format, hms_share=hms_share, seed=self._seed)
@@ -223,7 +270,7 @@ class MixtureReader:
                 say(f"{folder} was built for another processor, so its samples are measured again")
             if part.max_samples is not None and part.max_samples < len(records):
                 records = Subset(records, _drawn(len(records), part, self._seed).tolist())
-            at_rates = AtRates(records, rates, budget)
+            at_rates = AtRates(records, rates, budget, cap)
             beside = _beside(part.source)
             try:
                 entries = measure_each(at_rates, processor, processor_key=self._key, cache=beside, at_most=at_most)
@@ -240,14 +287,15 @@ class AtRates:
       source: of the records.
       rates: frames per second; none leaves the records as they are.
       budget: of the videos.
+      images: what images take at most; None leaves them as they are.
 
     Attributes:
       table: i64[n, R], for each record of `source` the record here that it is at each rate; the same one where the rate
         changes nothing.
     """
 
-    def __init__(self, source: Source, rates: Sequence[float], budget: VideoBudget):
-        self._source, self._rates, self._budget = source, tuple(rates), budget
+    def __init__(self, source: Source, rates: Sequence[float], budget: VideoBudget, images: ImageCap | None = None):
+        self._source, self._rates, self._budget, self._images = source, tuple(rates), budget, images
         counts = [len(rates) if rates and _has_rate(source, i) else 1 for i in range(len(source))]
         begin = np.cumsum([0, *counts])
         places = np.arange(max(1, len(rates)))
@@ -261,12 +309,17 @@ class AtRates:
     def __getitem__(self, index: int) -> Record:
         record = self._source[int(self._record[index])]
         rate = self._rates[self._rate[index]] if self._rates else None
-        messages = [_shown(message, rate, self._budget) for message in record.messages]
+        capped = record.messages if self._images is None else self._images.of_record(record)
+        messages = [_shown(message, rate, self._budget) for message in capped]
         if messages == record.messages:
             return record
         content = record.content
         if content:
-            content = hashlib.sha256(f"{content} {rate} {self._budget}".encode()).hexdigest()
+            limits = f"{rate} {self._budget}"
+            if capped is not record.messages:
+                assert self._images is not None
+                limits += f" {self._images.tokens}"
+            content = hashlib.sha256(f"{content} {limits}".encode()).hexdigest()
         return dataclasses.replace(record, messages=messages, content=content)
 
 
@@ -352,6 +405,10 @@ def _has_rate(source: Source, index: int) -> bool:
 def _parts(message) -> list:
     content = message.get("content") if isinstance(message, dict) else None
     return content if isinstance(content, list) else []
+
+
+def _is_image(part) -> bool:
+    return isinstance(part, dict) and part.get("type") == "image"
 
 
 def _is_file(part) -> bool:

@@ -7,8 +7,9 @@ are the others.
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any, Literal
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args, get_type_hints
 
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.data.facts import MEASURE_AT_MOST
@@ -33,6 +34,9 @@ RUNTIME_FIELDS = frozenset(
     }
 )
 
+# Parts of the model with learning rates of their own, and the first names of their weights.
+PARTS = {"vision": ("vision",), "mergers": ("merger", "deepstack"), "text": ("text",)}
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -49,6 +53,10 @@ class DataConfig:
       frame_rates: pairs (frames per second, weight), drawn anew for each sample in each epoch, for videos whose record
         gives neither `fps` nor `num_frames`; empty leaves them at the model's rate.
       video_budget: of videos whose record gives none; see `qwenvl_jax.data.mixture.VideoBudget`.
+      max_image_tokens: merged tokens that an image takes at most, before pooling, where its record gives no bounds in
+        pixels; None leaves the bounds of the processor.
+      root: folder in which relative paths of data sets lie; "" is the working directory. Where data lies changes
+        nothing in a run.
       remote_media: beginnings of the addresses from which images and videos may be fetched, such as "gs://my-bucket/";
         none are without. They are fetched anew each time they are needed.
       hms_share: from 0 to 1, the share of records that tell times as H:M:S; the others tell seconds.
@@ -74,6 +82,8 @@ class DataConfig:
     modality_weights: tuple[tuple[str, float], ...] = ()
     frame_rates: tuple[tuple[float, float], ...] = ()
     video_budget: VideoBudget = dataclasses.field(default_factory=VideoBudget)
+    max_image_tokens: int | None = None
+    root: str = ""
     remote_media: tuple[str, ...] = ()
     hms_share: float = 0.0
     shuffle: bool = True
@@ -92,6 +102,8 @@ class DataConfig:
             raise ConfigError(f"data.worker_timeout={self.worker_timeout} must be more than 0 seconds.")
         if not 0 <= self.max_failed <= 1:
             raise ConfigError(f"data.max_failed={self.max_failed} must be a share, from 0 to 1.")
+        if self.max_image_tokens is not None and self.max_image_tokens < 1:
+            raise ConfigError(f"data.max_image_tokens={self.max_image_tokens} must be at least 1, or None.")
         if self.measure_at_most < 0:
             raise ConfigError(f"data.measure_at_most={self.measure_at_most} must be at least 0.")
         if self.mixture and (self.source != "" or self.format != "auto"):
@@ -105,8 +117,28 @@ class DataConfig:
 
     @property
     def parts(self) -> tuple[MixturePart, ...]:
-        """The mixture; that of a single data set is the one part."""
-        return self.mixture or (MixturePart("", self.source, format=self.format),)
+        """The mixture, its paths in `root`; that of a single data set is the one part."""
+        parts = self.mixture or (MixturePart("", self.source, format=self.format),)
+        return tuple(dataclasses.replace(part, source=self._placed(part.source)) for part in parts)
+
+    def _placed(self, source):
+        """A path, or several, in `root`; objects as they are."""
+        if isinstance(source, tuple | list) and all(isinstance(path, str | os.PathLike) for path in source):
+            return tuple(os.path.join(self.root, path) for path in source)
+        is_path = isinstance(source, str | os.PathLike) and os.fspath(source)
+        return os.path.join(self.root, source) if is_path and self.root else source
+
+
+def _bounded(bound: str, holds: Callable[[float], bool], *fields: str) -> dict[str, tuple]:
+    return dict.fromkeys(fields, (bound, holds))
+
+
+_OPTIMIZER_BOUNDS = {
+    **_bounded("more than 0", lambda x: 0 < x < math.inf, "learning_rate", "adam_learning_rate", "eps"),
+    **_bounded("at least 0", lambda x: 0 <= x < math.inf, "warmup_steps", "weight_decay", "clip_norm"),
+    **_bounded("from 0 to 1", lambda x: 0 <= x <= 1, "final_fraction", "decay_fraction"),
+    **_bounded("at least 0 and less than 1", lambda x: 0 <= x < 1, "b1", "b2", "momentum"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +149,14 @@ class OptimizerConfig:
       name: "adamw", or "muon" for the matrices with AdamW for the rest (embeddings, output projection, norms, biases).
       learning_rate: the peak of the schedule.
       adam_learning_rate: under "muon", the peak for what AdamW updates.
-      schedule: after the warm-up, "constant", or "cosine" down to `final_fraction` of the peak.
+      rates: pairs (part, factor): the peaks of a part of the model are that many times those above, as for
+        (("vision", 0.3),). Parts are those of `PARTS`; without a pair a part has 1.
+      schedule: after the warm-up, "constant"; "cosine" down to `final_fraction` of the peak; or "wsd" (warm-up, stable,
+        decay): the peak, then down to `final_fraction` of it over the last `decay_fraction` of the stage.
       warmup_steps: steps of linear growth from 0.
-      final_fraction: of the peak, reached at the last step of a cosine.
+      final_fraction: of the peak, reached at the end of the last step of a cosine or of a decay.
+      decay_fraction: share of the stage's steps, of its last ones, that the decay of "wsd" takes.
+      decay_shape: of that decay, over its share t of steps done: "linear", 1 - t, or "sqrt", 1 - sqrt(t).
       b1, b2, eps: of AdamW.
       momentum: of Muon.
       weight_decay: decoupled, on matrices and tables only; multiplied by the learning rate.
@@ -129,15 +166,41 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     adam_learning_rate: float = 1e-4
-    schedule: Literal["constant", "cosine"] = "cosine"
+    rates: tuple[tuple[str, float], ...] = ()
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
     warmup_steps: int = 0
     final_fraction: float = 0.0
+    decay_fraction: float = 0.1
+    decay_shape: Literal["linear", "sqrt"] = "sqrt"
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-8
     momentum: float = 0.95
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+
+    def __post_init__(self):
+        for field in ("name", "schedule", "decay_shape"):
+            kinds = get_args(get_type_hints(OptimizerConfig)[field])
+            if getattr(self, field) not in kinds:
+                raise ConfigError(f"optimizer.{field}={getattr(self, field)!r} is not one of {', '.join(kinds)}.")
+        for field, (bound, holds) in _OPTIMIZER_BOUNDS.items():
+            if not holds(getattr(self, field)):
+                raise ConfigError(f"optimizer.{field}={getattr(self, field)} must be {bound}.")
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        if any(isinstance(pair, str) or len(pair) != 2 or pair[0] not in PARTS for pair in self.rates):
+            raise ConfigError(
+                f"optimizer.rates={self.rates} must be pairs (part, factor), parts being {', '.join(PARTS)}."
+            )
+        if len(dict(self.rates)) < len(self.rates):
+            raise ConfigError(f"optimizer.rates={self.rates} must name each part once.")
+        if any(not 0 < factor < math.inf for _, factor in self.rates):
+            raise ConfigError(
+                f"optimizer.rates={self.rates} must have factors of more than 0; a part that is not to learn is left "
+                "out of the stage's `trainable`."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,5 +360,5 @@ def fingerprint(config: TrainConfig) -> dict[str, str]:
 
     Data sources are left out: where data lies changes nothing, and what it holds has a digest of its own.
     """
-    skipped = RUNTIME_FIELDS | {"source", "checkpoint_every"}
+    skipped = RUNTIME_FIELDS | {"source", "root", "checkpoint_every"}
     return {name: repr(value) for name, value in flat(config) if name.rsplit(".", 1)[-1] not in skipped}

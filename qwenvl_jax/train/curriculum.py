@@ -115,6 +115,7 @@ def prepare_stages(
                 hms_share=data.hms_share,
                 frame_rates=[rate for rate, _ in data.frame_rates],
                 budget=data.video_budget,
+                max_image_tokens=data.max_image_tokens,
                 modality_weights=data.modality_weights,
                 measure_at_most=data.measure_at_most,
                 remote_media=data.remote_media,

@@ -33,7 +33,7 @@ from qwenvl_jax.parallel.host_memory import keep_freed_memory
 from qwenvl_jax.parallel.placement import Execution, shard_batch
 from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train import run_folder
-from qwenvl_jax.train.config import TrainConfig, fingerprint
+from qwenvl_jax.train.config import StageConfig, TrainConfig, fingerprint
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.curriculum import Stage, prepare_stages
 from qwenvl_jax.train.devices import mesh_of
@@ -129,13 +129,14 @@ class _Run:
         if isinstance(origin, QwenVLConfig):
             raise ConfigError("processor is empty; give the folder of a tokenizer and preprocessor settings.")
         self.processor = Processor.from_pretrained(origin)
+        self.say(f"tokenizer and preprocessor settings are those of {origin}")
         shape = config.model if isinstance(config.model, QwenVLConfig) else _shape_of(config.model)
         _check_ids(shape, self.processor)
         self.parts = ModelParts(
             shape, dtype=config.dtype, param_dtype=config.param_dtype, mesh=self.mesh, rules=self.rules
         )
-        for stage in config.stages:
-            self.parts.select(stage.trainable)
+        for stage in config.stages:  # what they say of weights has to fit this model
+            self._optimizer(stage)
         settings = fingerprint(dataclasses.replace(config, model=shape, processor=""))
         run_folder.check(out, settings)
         multiple = Execution(self.mesh, self.rules).split("vision_rows")
@@ -283,7 +284,7 @@ class _Run:
 
     def _compile(self, stage: Stage, state, frozen, batch):
         """The step of a stage, compiled ahead for these shapes: called with others it raises, it never recompiles."""
-        step = make_step(self.parts, stage.config, self._optimizer(stage), len(stage.classes))
+        step = make_step(self.parts, stage.config, self._optimizer(stage.config), len(stage.classes))
         shardings = self._state_shardings(state)
         whole = NamedSharding(self.mesh, PartitionSpec())
         began = time.monotonic()
@@ -298,9 +299,9 @@ class _Run:
         self.timings.start()
         return compiled
 
-    def _optimizer(self, stage: Stage):
-        names = self.parts.select(stage.config.trainable)
-        return make_optimizer(stage.config.optimizer, {name: self.parts.weights[name] for name in names})
+    def _optimizer(self, stage: StageConfig):
+        names = self.parts.select(stage.trainable)
+        return make_optimizer(stage.optimizer, {name: self.parts.weights[name] for name in names})
 
     def _state_shardings(self, state):
         """Where a `TrainState` lives: what belongs to a weight (moments, say) as the weight, the rest everywhere."""
@@ -317,7 +318,7 @@ class _Run:
     def _begun(self, stage: Stage, learning: Params) -> TrainState:
         """The state at the first step of a stage, nothing carried; traceable."""
         rng = jax.random.key_data(jax.random.key(self.config.seed))
-        opt_state = self._optimizer(stage).init(learning)
+        opt_state = self._optimizer(stage.config).init(learning)
         return TrainState(jnp.zeros((), jnp.int32), learning, opt_state, rng, GuardState.begun())
 
     def _fresh_state(self, stage: Stage, params: Params, before: TrainState | None) -> TrainState:

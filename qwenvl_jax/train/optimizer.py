@@ -1,7 +1,8 @@
-"""Update rules: AdamW, and Muon with AdamW beside it.
+"""Update rules: AdamW, and Muon with AdamW beside it; learning rates of the model's parts; schedules.
 
-The rules here have a learning rate of 1 inside; `train.step` multiplies their updates by the schedule's value. So the
-schedule belongs to the stage, not to the optimizer's state, and a carried state brings no old schedule with it.
+The rules here have a learning rate of 1 inside, times the factor of the weight's part; `train.step` multiplies their
+updates by the schedule's value. So the schedule belongs to the stage, not to the optimizer's state, and a carried state
+brings no old schedule with it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from qwenvl_jax.train.config import OptimizerConfig
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.train.config import PARTS, OptimizerConfig
 from qwenvl_jax.train.state import WeightInfo
 
 # Axes along which a weight is many matrices: layers of a stack, experts of a layer, and what is joined in one kernel
@@ -35,14 +37,22 @@ def muon_dimensions(info: WeightInfo) -> MuonDimensionNumbers | None:
 
 
 def make_optimizer(config: OptimizerConfig, weights: Mapping[str, WeightInfo]) -> optax.GradientTransformation:
-    """The update rule for the weights that learn, at learning rate 1.
+    """The update rule for the weights that learn, at learning rate 1 times the factor of each weight's part.
 
     Weight decay touches matrices and tables only. Under "muon" what AdamW updates has
-    `adam_learning_rate / learning_rate` in place of 1, so that one schedule serves both.
+    `adam_learning_rate / learning_rate` in place of 1, so that one schedule serves both. The factors of `config.rates`
+    multiply whole updates, decay included.
+
+    Raises:
+      ConfigError: a factor for a part of which nothing learns.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, _rule(config, weights), _times(_factors(config, weights)))
+
+
+def _rule(config: OptimizerConfig, weights: Mapping[str, WeightInfo]) -> optax.GradientTransformation:
     if config.name == "adamw":
-        return optax.chain(clip, _adamw(config, 1.0, weights))
+        return _adamw(config, 1.0, weights)
     dimensions = {name: muon_dimensions(info) for name, info in weights.items()}
     dimensions = {name: numbers for name, numbers in dimensions.items() if numbers is not None}
     matrices = muon(
@@ -54,7 +64,30 @@ def make_optimizer(config: OptimizerConfig, weights: Mapping[str, WeightInfo]) -
     others = {name: info for name, info in weights.items() if name not in dimensions}
     # Muon of optax would take the others too, but with Nesterov's momentum and with decay of norms and biases.
     adamw = _adamw(config, config.adam_learning_rate / config.learning_rate, others)
-    return optax.chain(clip, _by_name({"muon": (matrices, dimensions), "adamw": (adamw, others)}))
+    return _by_name({"muon": (matrices, dimensions), "adamw": (adamw, others)})
+
+
+def _factors(config: OptimizerConfig, weights: Mapping[str, WeightInfo]) -> dict[str, float]:
+    """The factor of each weight that has another than 1."""
+    found: dict[str, float] = {}
+    for part, factor in config.rates:
+        names = [name for name in weights if name.split(".")[0] in PARTS[part]]
+        if not names:
+            raise ConfigError(
+                f"optimizer.rates={config.rates} has a factor for {part!r}, of which nothing learns; leave it out, or "
+                "let the stage's `trainable` pick some of its weights."
+            )
+        found |= dict.fromkeys(names, factor)
+    return {name: factor for name, factor in found.items() if factor != 1}
+
+
+def _times(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of some weights."""
+    return optax.stateless(
+        lambda updates, _: {
+            name: value * factors[name] if name in factors else value for name, value in updates.items()
+        }
+    )
 
 
 def _adamw(config: OptimizerConfig, rate: float, weights: Mapping[str, WeightInfo]) -> optax.GradientTransformation:
@@ -86,13 +119,33 @@ def _by_name(rules: Mapping[str, tuple[optax.GradientTransformation, Iterable[st
 
 
 def learning_rate(config: OptimizerConfig, steps: int):
-    """The schedule of a stage of `steps` steps: a function of the number of steps done in it, i32[] to f32[]."""
-    warm = max(config.warmup_steps, 0)
-    if config.schedule == "constant":
-        after = optax.constant_schedule(config.learning_rate)
-    else:
-        after = optax.cosine_decay_schedule(config.learning_rate, max(steps - warm, 1), config.final_fraction)
+    """The schedule of a stage of `steps` steps: a function of the number of steps done in it, i32[] to f32[].
+
+    "wsd" is the schedule of MiniCPM (Hu et al. 2024, arXiv:2404.06395), with the decays of Hägele et al. (2024,
+    arXiv:2405.18392), who find 1 - sqrt(t) over the last 10 to 20 % of the steps as good as a cosine. A stage that is
+    too short for warm-up and decay together has the warm-up whole and decays over what is left.
+    """
+    warm, peak = config.warmup_steps, config.learning_rate
     # Step 0 of a warm-up already moves: it has 1 / (warm + 1) of the peak.
-    growth = optax.linear_schedule(config.learning_rate / (warm + 1), config.learning_rate, max(warm, 1))
-    schedule = optax.join_schedules([growth, after], [warm])
+    schedules, ends = [optax.linear_schedule(peak / (warm + 1), peak, max(warm, 1))], [warm]
+    if config.schedule == "cosine":
+        schedules.append(optax.cosine_decay_schedule(peak, max(steps - warm, 1), config.final_fraction))
+    else:
+        schedules.append(optax.constant_schedule(peak))
+    if config.schedule == "wsd":
+        begin = max(warm, steps - round(config.decay_fraction * steps))
+        schedules.append(_decay(config, max(steps - begin, 1)))
+        ends.append(begin)
+    schedule = optax.join_schedules(schedules, ends)
     return lambda step: jnp.asarray(schedule(step), jnp.float32)
+
+
+def _decay(config: OptimizerConfig, steps: int):
+    """From the peak to its final fraction over `steps` steps."""
+
+    def schedule(step):
+        done = jnp.clip(step / steps, 0, 1)
+        left = 1 - (jnp.sqrt(done) if config.decay_shape == "sqrt" else done)
+        return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * left)
+
+    return schedule

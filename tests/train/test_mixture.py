@@ -58,6 +58,7 @@ def test_every_setting_of_a_part_changes_the_batches(mixed_folder, number, chang
         {"frame_rates": ((2.0, 1.0), (4.0, 1.0), (8.0, 9.0))},
         {"weigh_by": "tokens"},
         {"video_budget": VideoBudget(max_frames=4)},
+        {"max_image_tokens": 4},
         {"hms_share": 0.0},
         {"window": 17},
         {"shuffle": False},
@@ -105,6 +106,7 @@ def test_format_of_a_part_is_its_own(mixed_folder, tmp_path):
     [
         ({"source": "a.jsonl"}, "in a mixture each part has its own"),
         ({"format": "llava"}, "in a mixture each part has its own"),
+        ({"max_image_tokens": 0}, "max_image_tokens=0 must be at least 1"),
         ({"frame_rates": ((2.0, -1.0),)}, r"data\.frame_rates"),
         ({"frame_rates": ((2.0, 0.0),)}, "a weight above 0"),
         ({"modality_weights": (("text", float("nan")),)}, r"data\.modality_weights"),

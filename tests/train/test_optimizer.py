@@ -1,4 +1,6 @@
-"""Muon over stacked layers against each layer alone, what it leaves to AdamW, decay, clipping and the schedule."""
+"""Muon over stacked layers against each layer alone, what it leaves to AdamW, decay, clipping, rates and schedules."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import optax
 import pytest
 from optax.contrib import muon
 
+from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.config import OptimizerConfig
 from qwenvl_jax.train.optimizer import learning_rate, make_optimizer, muon_dimensions
 from qwenvl_jax.train.state import WeightInfo
@@ -18,6 +21,8 @@ WEIGHTS = {
     "q.kernel": WeightInfo((3, 8, 2, 6), F32, ("layers", "embed", "heads", "head_dim"), 1),
     "o.kernel": WeightInfo((3, 2, 6, 8), F32, ("layers", "heads", "head_dim", "embed"), 2),
     "qkv.kernel": WeightInfo((2, 8, 3, 2, 4), F32, ("layers", "embed", "qkv", "heads", "head_dim"), 1),
+    "gate_up": WeightInfo((2, 3, 8, 2, 5), F32, ("layers", "experts", "expert_embed", "gate_up", "expert_mlp"), 2),
+    "down": WeightInfo((2, 3, 5, 8), F32, ("layers", "experts", "expert_mlp", "expert_embed"), 2),
     "fc.kernel": WeightInfo((8, 5), F32, ("embed", "mlp"), 1),
     "fc.bias": WeightInfo((5,), F32, ("mlp",), 0),
     "norm.scale": WeightInfo((3, 8), F32, ("layers", "norm"), 0),
@@ -31,41 +36,55 @@ def some_values(seed: int) -> dict[str, jax.Array]:
     return {name: jnp.asarray(rng.normal(size=info.shape), jnp.float32) for name, info in WEIGHTS.items()}
 
 
+def quick(function):
+    """Compiled without optimization, which would take far longer than running it."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def updates_of(config: OptimizerConfig, weights=WEIGHTS, steps: int = 2) -> dict[str, jax.Array]:
     """The updates of the last of a few steps, the weights staying as they are."""
     rule = make_optimizer(config, weights)
+    update = quick(rule.update)
     params = {name: some_values(0)[name] for name in weights}
     state = rule.init(params)
     for step in range(1, steps + 1):
-        updates, state = rule.update({name: some_values(step)[name] for name in weights}, state, params)
+        updates, state = update({name: some_values(step)[name] for name in weights}, state, params)
     return updates
 
 
-@pytest.mark.slow
+# Of each stacked weight: its matrices, found by indexing, and how many rows each has.
+MATRICES = {
+    "q.kernel": (lambda w: [w[i] for i in range(3)], 8),
+    "o.kernel": (lambda w: [w[i] for i in range(3)], 12),
+    "qkv.kernel": (lambda w: [w[i, :, part] for i in range(2) for part in range(3)], 8),
+    "gate_up": (lambda w: [w[i, x, :, part] for i in range(2) for x in range(3) for part in range(2)], 8),
+    "down": (lambda w: [w[i, x] for i in range(2) for x in range(3)], 5),
+    "fc.kernel": (lambda w: [w], 8),
+}
+
+
 def test_muon_takes_each_layer_alone():
-    """A stacked weight's update is that of a loop over its layers (and over q, k and v), each a plain matrix."""
+    """The update of a stacked weight is that of a loop over its layers, over their experts, over what is joined in one
+    kernel: each is a plain matrix, which optax's rule takes alone.
+    """
     config = OptimizerConfig(name="muon", clip_norm=0.0)
     updates = updates_of(config)
+    assert {name for name, info in WEIGHTS.items() if muon_dimensions(info) is not None} == MATRICES.keys()
     rule = muon(1.0, beta=config.momentum)
 
-    def alone(gradients: list[np.ndarray]) -> np.ndarray:
+    @quick
+    def alone(*gradients):
         weight = {"w": jnp.zeros(gradients[0].shape)}
         state = rule.init(weight)
         for gradient in gradients:
-            update, state = rule.update({"w": jnp.asarray(gradient)}, state, weight)
-        return np.asarray(update["w"])
+            update, state = rule.update({"w": gradient}, state, weight)
+        return update["w"]
 
-    for name, rows in (("q.kernel", 8), ("o.kernel", 12)):
-        gradients = [np.asarray(some_values(step)[name]) for step in (1, 2)]
-        for layer in range(3):
-            expected = alone([gradient[layer].reshape(rows, -1) for gradient in gradients])
-            np.testing.assert_allclose(np.asarray(updates[name])[layer].reshape(rows, -1), expected, atol=1e-5)
-    gradients = [np.asarray(some_values(step)["qkv.kernel"]) for step in (1, 2)]
-    for layer in range(2):
-        for part in range(3):
-            expected = alone([gradient[layer, :, part].reshape(8, 8) for gradient in gradients])
-            found = np.asarray(updates["qkv.kernel"])[layer, :, part].reshape(8, 8)
-            np.testing.assert_allclose(found, expected, atol=1e-5)
+    for name, (matrices, rows) in MATRICES.items():
+        first, second, found = (matrices(np.asarray(w[name])) for w in (some_values(1), some_values(2), updates))
+        for one, two, matrix in zip(first, second, found, strict=True):
+            expected = alone(one.reshape(rows, -1), two.reshape(rows, -1))
+            np.testing.assert_allclose(matrix.reshape(rows, -1), expected, atol=1e-5)
 
 
 def test_muon_leaves_tables_norms_biases_and_head_to_adamw():
@@ -83,7 +102,7 @@ def test_decay_touches_matrices_and_tables_alone(name):
     decayed = updates_of(OptimizerConfig(name=name, weight_decay=0.5))
     plain = updates_of(OptimizerConfig(name=name))
     for weight in WEIGHTS:
-        rate = 0.5 if weight.endswith(("kernel", "table")) else 0.0
+        rate = 0.0 if weight.endswith(("bias", "scale")) else 0.5
         np.testing.assert_allclose(decayed[weight], plain[weight] - rate * some_values(0)[weight], atol=1e-5)
 
 
@@ -93,8 +112,9 @@ def test_clipping_is_by_the_norm_of_all():
     gradients = some_values(1)
     norm = float(optax.tree.norm(gradients))
     small = jax.tree.map(lambda g: g * (0.5 / norm), gradients)
-    first, _ = clipped.update(gradients, clipped.init(params), params)
-    second, _ = clipped.update(small, clipped.init(params), params)
+    update = quick(clipped.update)
+    first, _ = update(gradients, clipped.init(params), params)
+    second, _ = update(small, clipped.init(params), params)
     for name in WEIGHTS:
         np.testing.assert_allclose(first[name], second[name], rtol=1e-4)
 
@@ -103,9 +123,73 @@ def test_clipping_is_by_the_norm_of_all():
     ("field", "value"), [("b1", 0.5), ("b2", 0.5), ("eps", 0.1), ("momentum", 0.5), ("adam_learning_rate", 1.0)]
 )
 def test_every_setting_of_the_rule_changes_it(field, value):
-    changed = updates_of(OptimizerConfig(name="muon", **{field: value}))
-    plain = updates_of(OptimizerConfig(name="muon"))
-    assert any(not np.array_equal(changed[name], plain[name]) for name in WEIGHTS)
+    weights = {name: WEIGHTS[name] for name in ("fc.kernel", "fc.bias")}
+    changed = updates_of(OptimizerConfig(name="muon", **{field: value}), weights)
+    plain = updates_of(OptimizerConfig(name="muon"), weights)
+    assert any(not np.array_equal(changed[name], plain[name]) for name in weights)
+
+
+PARTS_OF_A_MODEL = {
+    "vision.blocks.fc.kernel": WeightInfo((8, 5), F32, ("vision_embed", "mlp"), 1),
+    "merger.norm.scale": WeightInfo((8,), F32, ("norm",), 0),
+    "deepstack.fc1.kernel": WeightInfo((2, 8, 5), F32, ("layers", "embed", "mlp"), 1),
+    "text.layers.fc.kernel": WeightInfo((3, 8, 5), F32, ("layers", "embed", "mlp"), 1),
+    "text.embed.table": WeightInfo((16, 8), F32, ("vocab", "embed"), 0),
+}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_parts_have_rates_of_their_own(name):
+    """An update is that of one rate for all, times the factor of its part, decay included."""
+    config = OptimizerConfig(name=name, weight_decay=0.1, adam_learning_rate=3e-5)
+    rates = (("vision", 0.25), ("mergers", 4.0))
+    rule = make_optimizer(config, PARTS_OF_A_MODEL)
+    with_rates = make_optimizer(dataclasses.replace(config, rates=rates), PARTS_OF_A_MODEL)
+    rng = np.random.default_rng(0)
+    params, gradients = (
+        {name: jnp.asarray(rng.normal(size=info.shape), jnp.float32) for name, info in PARTS_OF_A_MODEL.items()}
+        for _ in range(2)
+    )
+    plain, _ = quick(rule.update)(gradients, rule.init(params), params)
+    found, _ = quick(with_rates.update)(gradients, with_rates.init(params), params)
+    factors = {"vision": 0.25, "merger": 4.0, "deepstack": 4.0, "text": 1.0}
+    for weight in PARTS_OF_A_MODEL:
+        np.testing.assert_allclose(found[weight], factors[weight.split(".")[0]] * plain[weight], rtol=1e-6)
+
+
+def test_a_rate_for_a_part_that_does_not_learn_is_refused():
+    weights = {name: info for name, info in PARTS_OF_A_MODEL.items() if name.startswith(("merger", "deepstack"))}
+    with pytest.raises(ConfigError, match="factor for 'vision', of which nothing learns"):
+        make_optimizer(OptimizerConfig(rates=(("mergers", 2.0), ("vision", 0.5))), weights)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("name", "adam", "is not one of adamw, muon"),
+        ("schedule", "linear", "is not one of constant, cosine, wsd"),
+        ("decay_shape", "cosine", "is not one of linear, sqrt"),
+        ("learning_rate", 0.0, "must be more than 0"),
+        ("learning_rate", float("nan"), "must be more than 0"),
+        ("adam_learning_rate", -1.0, "must be more than 0"),
+        ("warmup_steps", -1, "must be at least 0"),
+        ("final_fraction", 1.5, "must be from 0 to 1"),
+        ("decay_fraction", -0.1, "must be from 0 to 1"),
+        ("b1", 1.0, "must be at least 0 and less than 1"),
+        ("b2", 1.0, "must be at least 0 and less than 1"),
+        ("momentum", 1.0, "must be at least 0 and less than 1"),
+        ("eps", 0.0, "must be more than 0"),
+        ("weight_decay", -0.1, "must be at least 0"),
+        ("clip_norm", float("inf"), "must be at least 0"),
+        ("rates", (("tower", 0.1),), "parts being vision, mergers, text"),
+        ("rates", ("ab",), "must be pairs"),
+        ("rates", (("text", 0.1), ("text", 0.2)), "must name each part once"),
+        ("rates", (("vision", 0.0),), "is left out of the stage's `trainable`"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(field, value, told):
+    with pytest.raises(ConfigError, match=rf"optimizer\.{field}=.*{told}"):
+        OptimizerConfig(**{field: value})
 
 
 def test_schedules():
@@ -121,3 +205,27 @@ def test_schedules():
     np.testing.assert_allclose(rates[12], 0.1, rtol=1e-5)
     assert (np.diff(rates[2:]) < 0).all()
     assert learning_rate(OptimizerConfig(learning_rate=1.0), 10)(0) == 1.0
+
+
+def wsd(steps: int, **settings) -> np.ndarray:
+    """Learning rates of the steps of a stage, and the one after it, with a peak of 1."""
+    config = OptimizerConfig(learning_rate=1.0, schedule="wsd", **settings)
+    return np.array([learning_rate(config, steps)(jnp.int32(i)) for i in range(steps + 1)])
+
+
+def test_warm_up_stable_decay():
+    """Written out: two steps of warm-up, then the peak, then down over the last four of twelve steps."""
+    rising, stable = [1 / 3, 2 / 3], [1.0] * 7
+    linear = wsd(12, warmup_steps=2, decay_fraction=1 / 3, decay_shape="linear")
+    np.testing.assert_allclose(linear, [*rising, *stable, 0.75, 0.5, 0.25, 0], atol=1e-6)
+    root = wsd(12, warmup_steps=2, decay_fraction=1 / 3, decay_shape="sqrt", final_fraction=0.2)
+    left = [0.5, 1 - 0.5**0.5, 1 - 0.75**0.5, 0]
+    np.testing.assert_allclose(root, [*rising, *stable, *(0.2 + 0.8 * share for share in left)], atol=1e-6)
+
+
+def test_warm_up_goes_before_a_decay_that_has_no_room():
+    np.testing.assert_allclose(
+        wsd(6, warmup_steps=4, decay_fraction=1.0, decay_shape="linear"), [0.2, 0.4, 0.6, 0.8, 1, 0.5, 0], atol=1e-6
+    )
+    np.testing.assert_allclose(wsd(3, warmup_steps=4), [0.2, 0.4, 0.6, 0.8], atol=1e-6)
+    np.testing.assert_allclose(wsd(3, decay_fraction=0.0), [1, 1, 1, 1], atol=1e-6)

@@ -76,7 +76,11 @@ def test_mistakes_are_told_in_one_line(arguments, told, capsys):
 def test_every_setting_is_in_the_fingerprint_but_those_that_change_nothing():
     names = {name for name, _ in flat(CONFIG)}
     left_out = set(names - set(fingerprint(CONFIG)))
-    assert {name.rsplit(".", 1)[-1] for name in left_out} == RUNTIME_FIELDS | {"source", "checkpoint_every"}
+    assert {name.rsplit(".", 1)[-1] for name in left_out} == RUNTIME_FIELDS | {
+        "source",
+        "root",
+        "checkpoint_every",
+    }
 
 
 def test_configs_that_cannot_be():
