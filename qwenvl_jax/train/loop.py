@@ -40,7 +40,7 @@ from qwenvl_jax.train.optimizer import make_optimizer
 from qwenvl_jax.train.overrides import apply_overrides
 from qwenvl_jax.train.processes import Processes
 from qwenvl_jax.train.progress import Progress
-from qwenvl_jax.train.quarantine import Quarantine
+from qwenvl_jax.train.quarantine import FILE, Quarantine
 from qwenvl_jax.train.state import GuardState, ModelParts, Params, TrainState
 from qwenvl_jax.train.step import make_step
 from qwenvl_jax.train.stopping import stop_signals
@@ -262,7 +262,7 @@ class _Run:
         """
         name = stage.config.name
         for failure in self.quarantine.add(name, step, failures):
-            self.say(f"step {step}: left out, and written to {self.quarantine.path}: {failure.reason}")
+            self.say(f"step {step}: left out, and written to {self.folder.out / FILE}: {failure.reason}")
         try:
             check_share(self.quarantine.of(name) if failures else (), stage.samples, stage.config.data.max_failed)
         except DataError as error:

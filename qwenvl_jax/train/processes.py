@@ -139,15 +139,23 @@ class Processes:
         """Checks that all processes were started with the same settings, by name.
 
         Raises:
-          ConfigError: in a process whose settings are not those of process 0; names the first that differs.
+          ConfigError: in every process, if one has not those of process 0; names the first that differs.
         """
-        first = json.loads(self.gather("settings", json.dumps(dict(settings)))[0])
-        for name in {**first, **settings}:
-            if first.get(name) != settings.get(name):
-                raise ConfigError(
-                    f"process {self.index} has {name}={settings.get(name)}, but process 0 has {first.get(name)}; start "
-                    "every process with the same settings, code and data."
-                )
+        if self.count == 1:
+            return
+        if self.index == 0:
+            self.put("settings", json.dumps(dict(settings)))
+        first = json.loads(self.get("settings"))
+        odd = [name for name in {**first, **settings} if first.get(name) != settings.get(name)]
+        told = ""
+        if odd:
+            told = (
+                f"process {self.index} has {odd[0]}={settings.get(odd[0])}, but process 0 has {first.get(odd[0])}; "
+                "start every process with the same settings, code and data."
+            )
+        for line in self.gather("checked", told):
+            if line:
+                raise ConfigError(line)
 
     @contextlib.contextmanager
     def watched(self, name: str, act: Callable[[str], None]) -> Iterator[None]:

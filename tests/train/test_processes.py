@@ -1,21 +1,18 @@
 """Runs of several processes: real ones, over loopback, with real signals."""
 
-import concurrent.futures
 import contextlib
 import json
 import random
 import signal
 import time
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.parallel.mesh import make_mesh
 from qwenvl_jax.train.metrics import read_metrics
-from qwenvl_jax.train.processes import Processes, first_of_each, join, place_of_data
+from qwenvl_jax.train.processes import first_of_each, join
 from qwenvl_jax.train.stopping import Stop
 from tests.train.several import finish, free_port, said, start, write_several_run
 
@@ -136,9 +133,10 @@ def test_a_mistake_in_one_process_ends_all(config, cache, tmp_path):
         for process in start(2, *arguments, "--seed", seed, cache=cache, logs=logs, port=port, only=index)
     ]
     assert finish(processes) == [2, 2]
-    line = "qwenvl-jax: error: process 1: process 1 has seed=1, but process 0 has 0; start every process with the same"
-    assert said(logs).count(line) == 2
-    assert not (tmp_path / "out" / "checkpoints").exists()
+    lines = [line for line in said(logs).splitlines() if "error: process" in line]
+    assert len(lines) == 2
+    assert all("process 1 has seed=1, but process 0 has 0; start every process with the same" in line for line in lines)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -160,30 +158,14 @@ def test_checkpoints_go_to_any_number_of_processes(tmp_path, cache):
         assert all(found == written[0] for found in hashes(count, "load"))
 
 
-@pytest.fixture
-def three():
-    """Three processes as threads, over a real coordination service."""
-    from jax._src.lib import _jax
-
-    address = f"localhost:{free_port()}"
-    service = _jax.get_distributed_runtime_service(address, 3)
-    clients = [_jax.get_distributed_runtime_client(address, index, init_timeout=30) for index in range(3)]
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda client: client.connect(), clients))
-        yield pool, [Processes(index, 3, client) for index, client in enumerate(clients)]
-        list(pool.map(lambda client: client.shutdown(), clients))
-    service.shutdown()
-
-
 def test_what_is_gathered_is_the_same_everywhere(three):
     pool, processes = three
     found = list(pool.map(lambda one: one.gather("x", f"of {one.index}"), processes))
     assert found == [["of 0", "of 1", "of 2"]] * 3
     settings = [{"seed": "0"}, {"seed": "0"}, {"seed": "1"}]
-    checks = [pool.submit(one.check_same, mine) for one, mine in zip(processes, settings, strict=True)]
-    assert [check.exception() for check in checks[:2]] == [None, None]
-    with pytest.raises(ConfigError, match="process 2 has seed=1, but process 0 has 0"):
-        checks[2].result()
+    for check in [pool.submit(one.check_same, mine) for one, mine in zip(processes, settings, strict=True)]:
+        with pytest.raises(ConfigError, match="process 2 has seed=1, but process 0 has 0"):
+            check.result()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -258,8 +240,6 @@ def test_variables_that_do_not_go_together(monkeypatch, variables, told):
         join()
 
 
-def test_place_of_data():
-    assert place_of_data(make_mesh(), 0) == (0, 1)
-    assert place_of_data(make_mesh(jax.devices()[:2], fsdp=1, tensor=2), 0) == (0, 1)
+def test_one_process_for_each_part():
     assert first_of_each([0, 0, 1, 1]) == [0, 2]
     assert first_of_each([1, 0]) == [1, 0]
