@@ -402,5 +402,3 @@ def _check_ids(shape: QwenVLConfig, processor: Processor) -> None:
             f"model.text.vocab_size={shape.text.vocab_size} is smaller than the tokenizer's {entries} entries; "
             "raise it."
         )
-
-
