@@ -3,9 +3,13 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from qwenvl_jax.train.metrics import read_metrics
+from tests.train.several import environment, write_several_run
 
 SCRIPT = Path(__file__).parents[1] / "launch/local.sh"
 
@@ -55,3 +59,88 @@ def _launch(folder: Path, ends: str, restarts: int) -> tuple[int, list[str]]:
 )
 def test_lives(tmp_path, ends, restarts, status, lives):
     assert _launch(tmp_path, ends, restarts) == (status, ["-m qwenvl_jax train c.py --out a b"] * lives)
+
+
+def _several(folder: Path, script: str, **settings: str) -> subprocess.CompletedProcess:
+    """Runs the script in two processes over a stand-in for Python, which knows `$life`, from 1, and its number."""
+    stand_in = folder / "python"
+    stand_in.write_text(
+        "#!/bin/bash\n"
+        f'lives={folder}/lives-$JAX_PROCESS_ID; echo "$JAX_NUM_PROCESSES $JAX_COORDINATOR_ADDRESS" >> $lives\n'
+        f"life=$(wc -l < $lives)\n{script}\n"
+    )
+    stand_in.chmod(0o755)
+    given = {"QWENVL_JAX_PYTHON": str(stand_in), "PROCESSES": "2", "PAUSE_SECONDS": "0", **settings}
+    return subprocess.run(
+        [SCRIPT, "c.py"], env=os.environ | given, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_dead_process_is_named_and_all_start_again(tmp_path):
+    """The other one hangs, as one may that waits for the dead, and is killed."""
+    script = "case $life-$JAX_PROCESS_ID in 1-1) kill -9 $$ ;; 1-0) sleep 100 ;; esac"
+    done = _several(tmp_path, script, GRACE_SECONDS="1")
+    assert done.returncode == 0
+    # The shell has words of its own for those that a signal ended.
+    assert [line for line in done.stderr.splitlines() if ": process " in line] == [
+        "launch/local.sh: process 1 of 2 was ended by SIGKILL",
+        "launch/local.sh: process 0 of 2 was ended by SIGKILL",
+    ]
+    lives = [(tmp_path / f"lives-{index}").read_text().splitlines() for index in range(2)]
+    assert lives[0] == lives[1]
+    assert [line.split()[0] for line in lives[0]] == ["2", "2"]
+    # A port of its own for each life: the old one may still be taken.
+    assert all(line.split()[1].startswith("127.0.0.1:") for line in lives[0])
+
+
+def test_a_mistake_is_not_started_again(tmp_path):
+    done = _several(tmp_path, "exit 2")
+    assert done.returncode == 2
+    assert (tmp_path / "lives-0").read_text().count("\n") == 1
+    assert sorted(done.stderr.splitlines()) == [
+        f"launch/local.sh: process {index} of 2 ended with status 2" for index in range(2)
+    ]
+
+
+def test_all_processes_are_told_to_stop(tmp_path):
+    """As by a scheduler; each ends in its own time, longer than dead ones would be waited for."""
+    script = "trap 'sleep 2; exit 130' TERM; [[ $JAX_PROCESS_ID == 1 ]] && { sleep 1; kill -TERM $PPID; }\n"
+    done = _several(tmp_path, script + "while :; do sleep 0.1; done", GRACE_SECONDS="1")
+    assert done.returncode == 130
+    assert done.stderr.count("ended with status 130") == 2
+
+
+def test_a_number_of_processes_that_is_none(tmp_path):
+    done = _several(tmp_path, "exit 0", PROCESSES="two")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "launch/local.sh: PROCESSES=two must be a whole number, at least 1\n",
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_process_and_the_run_goes_on(tmp_path, clip):
+    """Two real processes, one killed in its third step: the script names it, and the run goes on to its end."""
+    config = write_several_run(tmp_path, clip)
+    kill = tmp_path / "python"
+    # The first life of process 1 is armed.
+    kill.write_text(
+        f"#!/bin/bash\nif [[ $JAX_PROCESS_ID == 1 && ! -e {tmp_path}/armed ]]; then touch {tmp_path}/armed\n"
+        f'exec {sys.executable} -m tests.train.killed SIGKILL:step:3:1 "${{@:4}}"; fi\nexec {sys.executable} "$@"\n'
+    )
+    kill.chmod(0o755)
+    given = {"QWENVL_JAX_PYTHON": str(kill), "PROCESSES": "2", "PAUSE_SECONDS": "0"}
+    done = subprocess.run(
+        [SCRIPT, config, "--out", tmp_path / "out", "--checkpoint_every", "1"],
+        env=environment(tmp_path / "cache", **given),
+        cwd=SCRIPT.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "launch/local.sh: process 1 of 2 was ended by SIGKILL" in done.stderr
+    assert "continuing after step " in done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert (tmp_path / "out" / "model" / "config.json").is_file()

@@ -4,13 +4,15 @@ A checkpoint holds a tree of arrays (weights, optimizer, random key) and a small
 the data, and the run's fingerprint). A run continues only from a checkpoint of its own settings.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from qwenvl_jax.errors import CheckpointError
 
@@ -22,22 +24,42 @@ class CheckpointStore:
       folder: made if missing.
       fingerprint: settings by name, as text; every checkpoint written carries it and every one read must equal it.
       keep: how many of the latest stay.
+      keep_every: checkpoints of steps that are multiples of this stay too; 0 keeps none of them.
+
+    Raises:
+      CheckpointError: the folder cannot be made or written.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, fingerprint: Mapping[str, str], keep: int = 2):
-        self.folder, self._fingerprint = Path(folder), dict(fingerprint)
-        self._manager = ocp.CheckpointManager(
-            self.folder.absolute(),
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
-            # What a killed process left half written is removed.
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True),
-        )
+    def __init__(
+        self, folder: str | os.PathLike, *, fingerprint: Mapping[str, str], keep: int = 2, keep_every: int = 0
+    ):
+        # A bucket's address is no path of this machine.
+        path = epath.Path(folder)
+        self.folder = path if "://" in str(folder) else path.absolute()
+        self._fingerprint = dict(fingerprint)
+        preserved = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
+        with self._told("the checkpoints"):
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                item_handlers={"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()},
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=AnyPreservationPolicy(preserved),
+                    create=True,
+                    # What a killed process left half written is removed.
+                    cleanup_tmp_directories=True,
+                ),
+            )
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._manager.close()
+    def __exit__(self, kind, *_):
+        try:
+            self._manager.close()
+        except Exception:
+            # A save that failed was told already by what raised; otherwise nobody knows yet.
+            if kind is None:
+                raise
 
     def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
         """Begins to write a checkpoint; the state may be donated as soon as this returns.
@@ -46,16 +68,39 @@ class CheckpointStore:
           step: steps done.
           state: tree of arrays.
           progress: JSON values, such as the place in the data.
+
+        Raises:
+          CheckpointError: this one, or the one before, could not be written; those that are whole stay.
         """
         record = {"fingerprint": self._fingerprint, **progress}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record))
         # Twice the same step: stopped by a signal right after a checkpoint of that step.
         if self._manager.latest_step() != step:
-            self._manager.save(step, args=args)
+            with self._told("a checkpoint"):
+                self._manager.save(step, args=args)
 
     def wait(self) -> None:
-        """Returns when what `save` began is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when what `save` began is on disk.
+
+        Raises:
+          CheckpointError: it could not be written; those that are whole stay.
+        """
+        with self._told("a checkpoint"):
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            if not _is_refusal(error):
+                raise
+            steps = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
+            whole = f"that of step {steps[-1]} is whole" if steps else "there is none yet"
+            raise CheckpointError(
+                f"{what} in {self.folder} could not be written ({_reason(error)}); {whole}. Make room or "
+                "give leave, and start the same command again."
+            ) from error
 
     def progress(self) -> dict[str, Any] | None:
         """What the latest checkpoint says of its place, with "step" added; None if there is no checkpoint.
@@ -98,11 +143,32 @@ class CheckpointStore:
             )
 
     def _unreadable(self, step: int | None, error: Exception) -> CheckpointError:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return CheckpointError(
-            f"the checkpoint {self.folder / str(step)} cannot be read ({reason}); remove that folder to continue from "
-            "the one before."
+            f"the checkpoint {self.folder / str(step)} cannot be read ({_reason(error)}); remove that folder "
+            "to continue from the one before."
         )
+
+
+# How TensorStore and the C library say that a place is full or closed; the first tells it in words only.
+_REFUSALS = (
+    "No space left",
+    "RESOURCE_EXHAUSTED",
+    "Disk quota exceeded",
+    "File too large",
+    "Permission denied",
+    "PERMISSION_DENIED",
+    "Read-only file system",
+)
+
+
+def _is_refusal(error: Exception) -> bool:
+    return any(words in str(error) for words in _REFUSALS)
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says why."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return next((line for line in lines if any(words in line for words in _REFUSALS)), lines[0])
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:

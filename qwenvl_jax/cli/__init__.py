@@ -217,7 +217,9 @@ changed in every stage.""",
 
 def _train(options: argparse.Namespace) -> int:
     from qwenvl_jax.train.loop import train_command
+    from qwenvl_jax.train.processes import join
 
+    join()
     result = train_command(options.config, options.overrides, model=options.model, out=options.out)
     if result.model is None:  # stopped by a signal, with a checkpoint written
         return INTERRUPTED

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.checkpoint import folder as folders
 from qwenvl_jax.checkpoint import hf, hf_config, native, reorder, source, tensors
@@ -133,7 +133,8 @@ def save(model: QwenVL, out_dir: str | Path, *, max_shard_bytes: int = tensors.M
     """Writes config.json, *.safetensors and, where end ids are known, generation_config.json.
 
     Names and shapes are those of transformers 5, which loads the folder as it is. Other files in `out_dir`, such as a
-    tokenizer, stay. Weights keep the dtype that they have.
+    tokenizer, stay. Weights keep the dtype that they have. Where they are spread over several processes, all of them
+    call this, and the first one writes.
 
     Args:
       model: what to write.
@@ -153,14 +154,25 @@ def save(model: QwenVL, out_dir: str | Path, *, max_shard_bytes: int = tensors.M
     def read(name: str) -> np.ndarray:
         entry, layer = entries[name]
         value = values[entry.path]
-        return entry.to_public(np.asarray(value if entry.layers is None else _layer(value, layer)))
+        return entry.to_public(_fetched(value if entry.layers is None else _layer(value, layer)))
 
     specs = {n: (values[entry.path].dtype, entry.written_shape) for n, (entry, _) in entries.items()}
+    if jax.process_index() and not all(value.is_fully_addressable for value in values.values()):
+        for name in specs:
+            read(name)  # as the writer does, tensor by tensor
+        return
     dtypes = sorted({value.dtype.name for value in values.values()})
     files = {"config.json": hf_config.config_to_json(model.config, dtypes[0])}
     if model.config.eos_token_ids:
         files["generation_config.json"] = {"eos_token_id": list(model.config.eos_token_ids)}
     tensors.write(Path(out_dir), specs, read, files, max_shard_bytes)
+
+
+def _fetched(value: jax.Array) -> np.ndarray:
+    """A tensor on this host; what lies with other processes is gathered, and all of them call this."""
+    if not value.is_fully_addressable and isinstance(value.sharding, NamedSharding):
+        value = jax.device_put(value, NamedSharding(value.sharding.mesh, PartitionSpec()))
+    return np.asarray(value)
 
 
 @jax.jit

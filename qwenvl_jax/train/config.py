@@ -28,6 +28,7 @@ RUNTIME_FIELDS = frozenset(
         "prefetch",
         "worker_timeout",
         "keep_checkpoints",
+        "keep_every",
         "max_failed",
         "measure_at_most",
         "track",
@@ -310,6 +311,7 @@ class TrainConfig:
       param_dtype: of the weights and of the optimizer's state.
       checkpoint_every: steps between checkpoints; one is also written at the end of each stage.
       keep_checkpoints: how many of the latest stay.
+      keep_every: checkpoints of steps that are multiples of this stay for ever; 0 keeps none beside the latest.
       mesh: the devices.
       track: where figures are shown besides the run's folder: "tensorboard", "wandb"; see `qwenvl_jax.train.tracking`.
     """
@@ -323,6 +325,7 @@ class TrainConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    keep_every: int = 0
     mesh: MeshConfig = MeshConfig()
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
@@ -333,6 +336,10 @@ class TrainConfig:
         for field in ("checkpoint_every", "keep_checkpoints"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field}={getattr(self, field)} must be at least 1.")
+        if self.keep_every < 0 or self.keep_every % self.checkpoint_every:
+            raise ConfigError(
+                f"keep_every={self.keep_every} must be a multiple of checkpoint_every={self.checkpoint_every}, or 0."
+            )
         if self.processor is None and not isinstance(self.model, str) and self.init is None:
             raise ConfigError("processor is not set; give the folder of a tokenizer and preprocessor settings.")
 
@@ -358,7 +365,12 @@ def flat(config, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def fingerprint(config: TrainConfig) -> dict[str, str]:
     """The settings that the numbers of a run follow from, by dotted name, as text.
 
-    Data sources are left out: where data lies changes nothing, and what it holds has a digest of its own.
+    Data sources are left out: where data lies changes nothing, and what it holds has a digest of its own. So is the
+    mesh: a run may go on with other devices, whose sums are the same but for rounding.
     """
     skipped = RUNTIME_FIELDS | {"source", "root", "checkpoint_every"}
-    return {name: repr(value) for name, value in flat(config) if name.rsplit(".", 1)[-1] not in skipped}
+    return {
+        name: repr(value)
+        for name, value in flat(config)
+        if name.rsplit(".", 1)[-1] not in skipped and not name.startswith("mesh.")
+    }

@@ -85,7 +85,13 @@ class Stage:
 
 
 def prepare_stages(
-    config: TrainConfig, processor, say: Callable[[str], None], *, vision_rows_multiple: int = 1
+    config: TrainConfig,
+    processor,
+    say: Callable[[str], None],
+    *,
+    vision_rows_multiple: int = 1,
+    host: int = 0,
+    hosts: int = 1,
 ) -> tuple[Stage, ...]:
     """Measures and plans the data of every stage, so that a run that cannot go through does not begin.
 
@@ -95,6 +101,7 @@ def prepare_stages(
 
     Args:
       vision_rows_multiple: what the vision rows of a group are a multiple of, where a stage leaves them open.
+      host, hosts: which part of each batch is made here; see `qwenvl_jax.data.pipeline.BatchLoader`.
 
     Raises:
       DataError: data that is missing, or too many samples that cannot be used; names the stage.
@@ -136,7 +143,7 @@ def prepare_stages(
             room = kept.setdefault(data.cache_bytes, Kept(data.cache_bytes))
             fetching = processor.fetching(data.remote_media)
             samples = SampleCache(mixture.source, fetching, kept=room, folder=data.cache_dir, processor_key=key)
-            loader = BatchLoader(plan, samples, processor)
+            loader = BatchLoader(plan, samples, processor, host=host, hosts=hosts)
             told = list(_described(stage, mixture, plan))
         except DataError as error:
             raise DataError(f"stage {stage.name}: {error}") from error

@@ -9,10 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +28,23 @@ from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.flops import peak_flops, step_flops
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.parallel.host_memory import keep_freed_memory
-from qwenvl_jax.parallel.placement import Execution, shard_batch
+from qwenvl_jax.parallel.placement import Execution, row_share, shard_batch
 from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train import run_folder
 from qwenvl_jax.train.config import StageConfig, TrainConfig, fingerprint
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.curriculum import Stage, prepare_stages
 from qwenvl_jax.train.devices import mesh_of
+from qwenvl_jax.train.exchange import Exchange
 from qwenvl_jax.train.metrics import MetricsLog, learning_rates
 from qwenvl_jax.train.optimizer import make_optimizer
 from qwenvl_jax.train.overrides import apply_overrides
+from qwenvl_jax.train.processes import Processes
 from qwenvl_jax.train.progress import Progress
-from qwenvl_jax.train.quarantine import Quarantine
+from qwenvl_jax.train.quarantine import FILE, Quarantine
 from qwenvl_jax.train.state import GuardState, ModelParts, Params, TrainState
 from qwenvl_jax.train.step import make_step
+from qwenvl_jax.train.stopping import stop_signals
 from qwenvl_jax.train.timings import TimingLog, first_start
 from qwenvl_jax.train.tracking import Trackers, check_trackers
 
@@ -77,13 +78,21 @@ def train(config: TrainConfig, out, *, on_step: Callable[[dict[str, Any]], None]
     Raises:
       QwenVLError: settings, data or checkpoints that cannot be used.
     """
-    out = Path(out)
-    with run_folder.locked(out), (out / "train.log").open("a") as log:
-        progress = Progress(config.steps, 0, log)
-        run = _Run(config, out, progress, on_step)
+    processes = Processes()
+    with (
+        processes.sharing_fate(),
+        run_folder.opened(out, processes) as folder,
+        (folder.local / "train.log").open("a") as log,
+        processes.screen() as screen,
+    ):
+        progress = Progress(config.steps, 0, log, screen)
+        run = _Run(config, folder, progress, on_step, processes)
+        # An error ends all processes before the store waits for those that are gone.
+        keeping = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
         with (
             progress,
-            CheckpointStore(out / "checkpoints", fingerprint=run.fingerprint, keep=config.keep_checkpoints) as store,
+            CheckpointStore(folder.checkpoints, fingerprint=run.fingerprint, **keeping) as store,
+            processes.sharing_fate(),
         ):
             return run.go(store)
 
@@ -119,8 +128,11 @@ def train_command(
 class _Run:
     """The parts of a run that stay the same from its first step to its last."""
 
-    def __init__(self, config: TrainConfig, out: Path, progress: Progress, on_step):
-        self.config, self.out, self.progress, self.on_step = config, out, progress, on_step
+    def __init__(
+        self, config: TrainConfig, folder: run_folder.RunFolder, progress: Progress, on_step, processes: Processes
+    ):
+        self.config, self.progress, self.on_step = config, progress, on_step
+        self.folder, self.out, self.processes = folder, folder.local, processes
         self.say = progress.say
         keep_freed_memory()
         check_trackers(config.track)
@@ -138,12 +150,16 @@ class _Run:
         for stage in config.stages:  # what they say of weights has to fit this model
             self._optimizer(stage)
         settings = fingerprint(dataclasses.replace(config, model=shape, processor=""))
-        run_folder.check(out, settings)
+        run_folder.check(self.out, settings)
         multiple = Execution(self.mesh, self.rules).split("vision_rows")
-        self.stages = prepare_stages(config, self.processor, self.say, vision_rows_multiple=multiple)
+        host, hosts = row_share(self.mesh)
+        self.exchange = Exchange(processes, host, self.say)
+        placed = {"host": host, "hosts": hosts}
+        self.stages = prepare_stages(config, self.processor, self.say, vision_rows_multiple=multiple, **placed)
         self.fingerprint = settings | {f"stages.{stage.index}.data.digest": stage.digest for stage in self.stages}
-        run_folder.check(out, self.fingerprint)
-        run_folder.write_atomically(out / "config.json", json.dumps(self.fingerprint, indent=2) + "\n")
+        run_folder.check(self.out, self.fingerprint)
+        processes.check_same(self.fingerprint | {"mesh": repr(config.mesh)})
+        run_folder.write_atomically(self.out / "config.json", json.dumps(self.fingerprint, indent=2) + "\n")
 
     def go(self, store: CheckpointStore) -> RunResult:
         """Restores or begins, goes through the stages that are left, and writes the model."""
@@ -154,6 +170,7 @@ class _Run:
             params, state = self._restore(store, place)
             self.progress.resume(done)
             self.say(f"continuing after step {done} of {self.config.steps}")
+            self._tell_mesh(place.get("mesh"))
         else:
             params, state = self._initial(), None
         metrics = MetricsLog(self.out / "metrics.jsonl", done)
@@ -161,15 +178,17 @@ class _Run:
         self.quarantine = Quarantine(self.out, planned, done)
         devices = list(self.mesh.devices.flat)
         self.timings = TimingLog(self.out / "timings.jsonl", done, started=first_start(self.out), devices=devices)
-        self.trackers = Trackers(self.config.track, self.out, done, self.fingerprint)
+        # One process tells of all.
+        track = self.config.track if self.processes.index == 0 else ()
+        self.trackers = Trackers(track, self.out, done, self.fingerprint)
         if unknown := {device.device_kind for device in devices if peak_flops(device) is None}:
             self.say(f"no MFU is told: the peak FLOPs of {', '.join(sorted(unknown))} are not known")
         logs = (metrics, self.timings, self.trackers)
-        with contextlib.ExitStack() as opened, _stop_signals() as stop:
+        with contextlib.ExitStack() as opened, stop_signals(self.processes) as stop:
             for log in logs:
                 opened.enter_context(contextlib.closing(log))
             for stage in self.stages:
-                if done >= stage.end or stop.is_set():
+                if done >= stage.end or stop.after(done):
                     continue
                 if done == stage.begin:
                     state = self._fresh_state(stage, params, state)
@@ -179,14 +198,15 @@ class _Run:
                 del params
                 plan = place.get("plan", "") if place and place["stage"] == stage.index else ""
                 # Closed however the stage ends, so that no worker stays.
-                with contextlib.closing(stage.batches(done, plan, functools.partial(self._say_of, stage))) as batches:
+                mine = stage.batches(done, plan, functools.partial(self._say_of, stage))
+                with contextlib.closing(self.exchange.batches(stage.config.name, done, mine)) as batches:
                     state, done = self._run_stage(stage, batches, state, frozen, done, store, metrics, stop)
                 params = frozen | state.params
         store.wait()
         if done < self.config.steps:
             self.say(f"stopped after step {done} of {self.config.steps}; the same command continues")
-            return RunResult(self.out, done, self.config.steps, None)
-        return RunResult(self.out, done, self.config.steps, self._export(params))
+            return RunResult(self.folder.out, done, self.config.steps, None)
+        return RunResult(self.folder.out, done, self.config.steps, self._export(params))
 
     def _run_stage(self, stage: Stage, batches, state, frozen, done: int, store, metrics, stop):
         """Takes the steps of a stage that are left, until its end or a stop; returns (state, steps done)."""
@@ -196,12 +216,13 @@ class _Run:
             self._written(metrics.flush())
             metrics.sync()
             # The place in the data: how many batches of which stage were taken, and how the plan goes on.
-            place = {"stage": stage.index, "batches": done - stage.begin, "plan": plan}
+            place = {"stage": stage.index, "batches": done - stage.begin, "plan": plan, "mesh": self._mesh_facts()}
+            self.folder.publish()
             store.save(done, {"state": state, "frozen": frozen}, place)
             self.timings.start()
 
         compiled, plan, rates = None, "", learning_rates(stage.config)
-        while done < stage.end and not stop.is_set():
+        while done < stage.end and not stop.after(done):
             asked = time.monotonic()
             planned = next(batches)
             wait = time.monotonic() - asked
@@ -219,23 +240,35 @@ class _Run:
             self.progress.waited(wait)
             if done == stage.end or done % self.config.checkpoint_every == 0:
                 save()
-        if stop.is_set():
+        if done < stage.end:
             save()
         self._tell_waits(stage)
         return state, done
 
     def _say_of(self, stage: Stage, line: str) -> None:
-        self.say(f"{stage.config.name}: {line}")
+        """Says a line of a stage, whichever process finds it out."""
+        self.exchange.say(f"{stage.config.name}: {line}")
+
+    def _mesh_facts(self) -> dict[str, int]:
+        return {**self.mesh.shape, "processes": self.processes.count}
+
+    def _tell_mesh(self, before: dict[str, int] | None) -> None:
+        """A run may go on elsewhere: it is the same run, but for the order in which devices add up."""
+        if before is not None and before != self._mesh_facts():
+            self.say(
+                f"the checkpoint was written on the mesh {before}, this one is {self._mesh_facts()}: weights, "
+                "optimizer and batches are the same, losses may differ in their last digits"
+            )
 
     def _tell_waits(self, stage: Stage) -> None:
         """Says how much of a stage's time went into waiting for batches, if that is worth a change."""
         share = self.progress.wait_share
         if share > _WORTH_TELLING:
             data = stage.config.data
-            self._say_of(
-                stage,
-                f"{share:.0%} of the time was spent waiting for batches (see {self.timings.path.name}); more "
-                f"data.workers (now {data.workers}) or data.threads (now {data.threads}) shorten it",
+            self.say(
+                f"{stage.config.name}: {share:.0%} of the time was spent waiting for batches (see "
+                f"{self.timings.path.name}); more data.workers (now {data.workers}) or "
+                f"data.threads (now {data.threads}) shorten it",
             )
 
     def _leave_out(self, stage: Stage, step: int, failures: Sequence[Failure]) -> None:
@@ -246,7 +279,7 @@ class _Run:
         """
         name = stage.config.name
         for failure in self.quarantine.add(name, step, failures):
-            self.say(f"step {step}: left out, and written to {self.quarantine.path}: {failure.reason}")
+            self.say(f"step {step}: left out, and written to {self.folder.out / FILE}: {failure.reason}")
         try:
             check_share(self.quarantine.of(name) if failures else (), stage.samples, stage.config.data.max_failed)
         except DataError as error:
@@ -358,11 +391,15 @@ class _Run:
         return saved["frozen"] | saved["state"].params, saved["state"]
 
     def _export(self, params: Params) -> Path:
-        target = self.out / "model"
-        if not target.exists():
-            with run_folder.new_folder(target) as folder:
-                self.parts.merge(params).save_pretrained(folder)
-                self.processor.save_pretrained(folder)
+        target = self.folder.out / "model"
+        # What process 0 sees is what holds: it is the one that writes.
+        if self.processes.gather("model", "written" if (target / "config.json").exists() else "")[0] != "written":
+            model = self.parts.merge(params)
+            with self.folder.new_model() as folder:
+                model.save_pretrained(folder)
+                if self.processes.index == 0:
+                    self.processor.save_pretrained(folder)
+            self.processes.gather("exported", "")
         self.say(f"done: {self.config.steps} steps; the model is in {target}")
         return target
 
@@ -385,28 +422,3 @@ def _check_ids(shape: QwenVLConfig, processor: Processor) -> None:
             f"model.text.vocab_size={shape.text.vocab_size} is smaller than the tokenizer's {entries} entries; "
             "raise it."
         )
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets; the second such signal acts as if nobody listened."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def request(*_):
-        stop.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        restore()

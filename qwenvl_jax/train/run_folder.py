@@ -1,5 +1,9 @@
 """The folder of a run: one process at a time writes it, and what stands there is whole.
 
+It lies on a disk that all processes of the run see, or in a bucket (gs://...). Files cannot grow in a bucket, so there
+the run writes them on its own disk and uploads them with each checkpoint. Processes other than the first read the
+folder once, and what they note goes nowhere.
+
 config.json      the settings that the numbers follow from
 metrics.jsonl    one line a step
 timings.jsonl    one line a step: seconds, waits for data, tokens a second, MFU; see `qwenvl_jax.train.timings`
@@ -13,6 +17,8 @@ model/           the trained model in the public layout, when the run is done
 """
 
 import contextlib
+import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -20,8 +26,122 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from etils import epath
 
 from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax.train.processes import Processes
+
+# What an operating system or a store refuses for reasons that the user can mend.
+_SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ESTALE}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Where a process finds and leaves the files of a run.
+
+    Attributes:
+      out: the folder, as a `Path`, or as an `epath.Path` for a bucket.
+      local: a folder on this machine for the small files: `out` itself, or one whose content is uploaded or dropped.
+      writes: whether this process writes the run's folder.
+    """
+
+    out: Any
+    local: Path
+    writes: bool
+
+    @property
+    def checkpoints(self):
+        """Where the checkpoints lie."""
+        return self.out / "checkpoints"
+
+    def publish(self) -> None:
+        """Makes the small files as they are now the ones in `out`."""
+        if self.writes and self.local != self.out:
+            for path in self.local.iterdir():
+                if path.is_file() and not path.name.startswith("."):
+                    (self.out / path.name).write_bytes(path.read_bytes())
+
+    @contextlib.contextmanager
+    def new_model(self) -> Iterator[Path]:
+        """Gives a folder to fill, whose content becomes `model` when all went well; its config.json comes last."""
+        if self.local == self.out:
+            with new_folder(self.local / "model") as folder:
+                yield folder
+            return
+        with tempfile.TemporaryDirectory(dir=self.local) as name:
+            folder = Path(name)
+            yield folder
+            if self.writes:
+                (self.out / "model").mkdir(parents=True, exist_ok=True)
+                for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+                    epath.Path(path).copy(self.out / "model" / path.name, overwrite=True)
+
+
+@contextlib.contextmanager
+def opened(out, processes: Processes) -> Iterator[RunFolder]:
+    """The folder of a run, held by its first process; see `locked`.
+
+    Args:
+      out: a path, or the address of a folder in a bucket, which nothing holds against other runs.
+      processes: of the run.
+
+    Raises:
+      ConfigError: the folder cannot be made or written, is in use, or is not the same in all processes.
+    """
+    remote = "://" in str(out)
+    out = epath.Path(out) if remote else Path(out)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_refusals_told(out))
+        if remote:
+            _make_remote(out)
+        elif processes.index == 0:
+            stack.enter_context(locked(out))
+        processes.gather("locked", "")
+        if processes.index == 0 and not remote:
+            folder = RunFolder(out, out, True)
+        else:
+            if not (remote or (out / ".lock").exists()):
+                raise ConfigError(
+                    f"process {processes.index} does not see the output folder {out} that process 0 made; choose "
+                    "one on a disk that all processes share, or in a bucket."
+                )
+            local = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwenvl-jax-run-")))
+            for path in out.iterdir():
+                if path.suffix in (".json", ".jsonl", ".log") and not path.name.startswith("."):
+                    (local / path.name).write_bytes(path.read_bytes())
+            folder = RunFolder(out, local, processes.index == 0)
+            stack.callback(folder.publish)
+        # Nothing changes before each has its copy.
+        processes.gather("opened", "")
+        yield folder
+
+
+def _make_remote(out) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # each store has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"output folder {out} cannot be made ({reason}); check its address, your credentials and, for gs://, that "
+            "gcsfs is installed."
+        ) from error
+
+
+@contextlib.contextmanager
+def _refusals_told(out) -> Iterator[None]:
+    """Turns a full disk, or one that may not be written, into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS:
+            raise
+        where = error.filename or out
+        raise ConfigError(
+            f"{where} cannot be written ({error.strerror}); make room or give leave, and start the same command again: "
+            "the run continues from its latest checkpoint."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@
 
 MOMENT: `SIGKILL:step:5` when the fifth line of the metrics is written; `SIGKILL:save:2` while the second checkpoint of
 this process is being written, after its arrays and before it is whole; `SIGKILL:export:1` when the model is written but
-not yet in its place. SIGTERM likewise.
+not yet in its place. SIGTERM likewise. `SIGKILL:step:5:1` does so in process 1 of several alone.
 """
 
 import os
@@ -20,7 +20,9 @@ from qwenvl_jax.train import metrics
 
 def main(moment: str, *arguments: str) -> int:
     """Arms the signal and runs the command."""
-    name, kind, number = moment.split(":")
+    name, kind, number, *process = moment.split(":")
+    if process and process != [os.environ.get("JAX_PROCESS_ID")]:
+        return cli.main(["train", *arguments])
     count = 0
 
     def reached() -> None:

@@ -62,6 +62,7 @@ def test_overrides(arguments, difference):
         ("--optimizer 3", "unknown setting --optimizer"),
         ("seed 3", "unexpected argument 'seed'"),
         ("--checkpoint_every 0", "checkpoint_every=0 must be at least 1"),
+        ("--keep_every 150", "keep_every=150 must be a multiple of checkpoint_every=100"),
         ("--steps 0", "steps=0 must be at least 1"),
         ("--model.text.num_key_value_heads 3", "must be a multiple"),
     ],
@@ -76,11 +77,10 @@ def test_mistakes_are_told_in_one_line(arguments, told, capsys):
 def test_every_setting_is_in_the_fingerprint_but_those_that_change_nothing():
     names = {name for name, _ in flat(CONFIG)}
     left_out = set(names - set(fingerprint(CONFIG)))
-    assert {name.rsplit(".", 1)[-1] for name in left_out} == RUNTIME_FIELDS | {
-        "source",
-        "root",
-        "checkpoint_every",
-    }
+    of_mesh = {name for name in names if name.startswith("mesh.")}
+    assert of_mesh and of_mesh <= left_out  # a run may go on with other devices
+    changing_nothing = {name.rsplit(".", 1)[-1] for name in left_out - of_mesh}
+    assert changing_nothing == RUNTIME_FIELDS | {"source", "root", "checkpoint_every"}
 
 
 def test_configs_that_cannot_be():

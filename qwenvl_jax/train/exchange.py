@@ -1,0 +1,97 @@
+"""What the processes of a run tell each other before each step: the hashes of their rows, what failed, how they wait.
+
+With it each process knows the whole batch as a run of one process does: metrics, the list of failed samples and the
+decision to go on are the same in all of them.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Generator, Iterator
+
+from qwenvl_jax.data.failure import Failure
+from qwenvl_jax.data.pipeline import PlannedBatch
+from qwenvl_jax.flops import Work
+from qwenvl_jax.train.pace import Pace
+from qwenvl_jax.train.processes import Processes, first_of_each
+
+
+class Exchange:
+    """Passes the batches of this process on, with what the other processes know of theirs.
+
+    Args:
+      processes: of the run.
+      part: which part of each batch this process makes; see `qwenvl_jax.parallel.placement.row_share`.
+      say: where messages go; those of other processes come with their number, in process 0.
+    """
+
+    def __init__(self, processes: Processes, part: int, say: Callable[[str], None]):
+        self._processes, self._say = processes, say
+        parts = [int(text) for text in processes.gather("parts", str(part))]
+        self._givers = first_of_each(parts)
+        self._notes: list[str] = []
+        self.pace = Pace(say)
+
+    def say(self, line: str) -> None:
+        """Says a line in the log of the run, out of whichever process."""
+        if self._processes.index == 0:
+            self._say(line)
+        else:
+            self._notes.append(line)
+
+    def batches(self, stage: str, done: int, batches: Iterator[PlannedBatch]) -> Generator[PlannedBatch]:
+        """Whole batches, but for their arrays, which are this process's part.
+
+        Args:
+          stage: its name.
+          done: steps of the run done before the first batch.
+          batches: the parts that this process makes; closed with this.
+        """
+        began, idle = None, 0.0
+        try:
+            while True:
+                asked = time.monotonic()
+                planned = next(batches, None)
+                if planned is None:
+                    return
+                done += 1
+                now = time.monotonic()
+                record = {
+                    "tokens": planned.tokens,
+                    "work": dataclasses.asdict(planned.work),
+                    "rows": planned.row_hashes,
+                    "failed": [dataclasses.astuple(failure) for failure in planned.failed],
+                    "notes": self._notes,
+                    # Seconds: for this batch; of the step before; and of those for the others' batches.
+                    "wait": now - asked,
+                    "step": None if began is None else asked - began,
+                    "idle": idle,
+                }
+                self._notes = []
+                began = asked
+                records = [json.loads(text) for text in self._processes.gather(f"step/{done}", json.dumps(record))]
+                # All have begun this step, so all have read what was said before the one before.
+                self._processes.forget(f"step/{done - 1}")
+                idle = time.monotonic() - now
+                if self._processes.index == 0:
+                    self._tell(records)
+                    self.pace.add(stage, done, records)
+                yield self._whole(planned, [records[giver] for giver in self._givers])
+        finally:
+            batches.close()  # type: ignore[attr-defined]  # Grain's iterators and ours have it
+
+    def _tell(self, records: list[dict]) -> None:
+        for index, record in enumerate(records):
+            for line in record["notes"]:
+                self._say(f"process {index}: {line}")
+
+    def _whole(self, planned: PlannedBatch, records: list[dict]) -> PlannedBatch:
+        if len(records) == 1:
+            return planned
+        return dataclasses.replace(
+            planned,
+            tokens=sum(record["tokens"] for record in records),
+            work=Work(**{name: sum(record["work"][name] for record in records) for name in records[0]["work"]}),
+            row_hashes=tuple(row for record in records for row in record["rows"]),
+            failed=tuple(Failure(*values) for record in records for values in record["failed"]),
+        )
