@@ -10,6 +10,7 @@ from flax import nnx
 from qwenvl_jax.config import VisionConfig
 from qwenvl_jax.models.layers import Linear
 from qwenvl_jax.models.vision import make_norm
+from qwenvl_jax.parallel.placement import Execution
 
 
 class Merger(nnx.Module):
@@ -24,7 +25,14 @@ class Merger(nnx.Module):
         self.fc2 = Linear({"merged": wide}, out, use_bias=True, stack=stack, rngs=rngs, dtype=dtype)
         self.unit, self.norm_after_join = unit, norm_after_join
 
-    def __call__(self, x):
-        joined = (*x.shape[:-2], x.shape[-2] // self.unit, self.unit * x.shape[-1])
-        x = self.norm(x.reshape(joined)) if self.norm_after_join else self.norm(x).reshape(joined)
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+    def __call__(self, x_GRLD, execution: Execution):
+        """Maps [G, R, L, D] to [G, R, L / 4, H]."""
+
+        def placed(x):
+            # Features stay where their patches are, whatever weights they meet.
+            return execution.constrain(x, "groups", "vision_rows", None, None)
+
+        joined = (*x_GRLD.shape[:-2], x_GRLD.shape[-2] // self.unit, self.unit * x_GRLD.shape[-1])
+        x = placed(x_GRLD)
+        x = placed(self.norm(x.reshape(joined)) if self.norm_after_join else self.norm(x).reshape(joined))
+        return placed(self.fc2(placed(jax.nn.gelu(placed(self.fc1(x)), approximate=False))))

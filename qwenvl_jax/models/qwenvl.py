@@ -73,9 +73,9 @@ class QwenVL(nnx.Module):
         execution = execution or self.execution
         for rows in batch.vision:
             last, taps = self.vision(rows, self.dtype, execution)
-            merged.append(self._joined(self.merger(last), execution))
+            merged.append(self._joined(self.merger(last, execution), execution))
             if self.deepstack is not None:
-                features = jax.vmap(lambda merger, tap: merger(tap))(self.deepstack, taps)
+                features = jax.vmap(lambda merger, tap: merger(tap, execution))(self.deepstack, taps)
                 deep.append(self._joined(features, execution))
         return jnp.concatenate(merged, axis=-2), jnp.concatenate(deep, axis=-2) if deep else None
 

@@ -30,13 +30,17 @@ def few_layers(name: str, layers: int = 2):
 
 
 def across_groups(program: str, mesh, features: set[int]):
-    """Collectives that hold something with one of these sizes, and join devices of different vision groups."""
+    """Collectives that hold something with one of these sizes, and join devices of different vision groups.
+
+    Sums of no more than a row of a group are gradients of weights on their way: they tell no group from another.
+    """
     coordinates = np.arange(mesh.size).reshape(mesh.devices.shape)
     shares = np.empty(mesh.size, int)
     parts = int(np.prod(mesh.devices.shape[:3]))
     shares[coordinates.reshape(parts, -1)] = np.arange(parts)[:, None]
     for one in collectives(program):
-        held = any(size in features for shape in one.shapes for size in shape)
+        shapes = [shape for shape in one.shapes if features & set(shape)]
+        held = any(one.kind != "all-reduce" or len(shape) > 2 for shape in shapes)
         if held and any(len({shares[device] for device in group}) > 1 for group in one.groups):
             yield one
 
