@@ -16,16 +16,16 @@ from qwenvl_jax.train.config import TrainConfig
 
 
 def apply_overrides(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
-    """Returns `config` with `--name value ...` or `--name=value` arguments applied, in order.
+    """Returns `config` with `--name value ...` or `--name=value` arguments applied; the last of the same name counts.
+
+    Names are those that the config has, and all values are in place before what goes together is checked: rows and
+    groups of a batch may be given in either order.
 
     Raises:
       ConfigError: an unknown name (with the nearest known one), a missing value, or one of the wrong type.
     """
-    for name, values in _pairs(arguments):
-        paths = _targets(config, name)
-        for path in paths:
-            config = _replaced(config, path, values, name)
-    return config
+    given = {path: (values, name) for name, values in _pairs(arguments) for path in _targets(config, name)}
+    return _replaced(config, given)
 
 
 def _pairs(arguments: Sequence[str]):
@@ -82,16 +82,20 @@ def _spellings(config: TrainConfig, path: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(".".join(spelling) for spelling in (path, tuple(named), numbered)))
 
 
-def _replaced(node, path: tuple[str, ...], values: list[str], name: str):
-    """`node` with the setting at `path` read from `values`."""
-    head, *rest = path
+def _replaced(node, given: dict[tuple[str, ...], tuple[list[str], str]]):
+    """`node` with the setting at each path read from the values, given with the name that they came under."""
+    inside: dict[str, dict] = {}
+    for (head, *rest), value in given.items():
+        inside.setdefault(head, {})[tuple(rest)] = value
     if isinstance(node, tuple):
-        number = int(head)
-        return (*node[:number], _replaced(node[number], tuple(rest), values, name), *node[number + 1 :])
-    if rest:
-        return dataclasses.replace(node, **{head: _replaced(getattr(node, head), tuple(rest), values, name)})
-    annotation = typing.get_type_hints(type(node))[head]
-    return dataclasses.replace(node, **{head: _parsed(annotation, values, name)})
+        return tuple(_replaced(item, inside[str(i)]) if str(i) in inside else item for i, item in enumerate(node))
+    changes = {}
+    for head, below in inside.items():
+        if () in below:
+            changes[head] = _parsed(typing.get_type_hints(type(node))[head], *below[()])
+        else:
+            changes[head] = _replaced(getattr(node, head), below)
+    return dataclasses.replace(node, **changes)
 
 
 def _parsed(annotation, values: list[str], name: str):

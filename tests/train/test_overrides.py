@@ -12,6 +12,7 @@ MODEL = QwenVLConfig(
     text=TextConfig(100, 64, 64, 2, 2, 1),
     vision=VisionConfig(2, 32, 32, 2, 64, (0,)),
 )
+RATES = (("vision", 0.5), ("mergers", 2.0))
 CONFIG = TrainConfig(
     model=MODEL,
     processor="somewhere",
@@ -42,6 +43,7 @@ def changed(*arguments: str) -> dict:
         ("--init None", {}),
         ("--model.text.intermediate_size 32", {"model.text.intermediate_size": 32}),
         ("--seed -1", {"seed": -1}),
+        ("--stages.s0.optimizer.rates vision 0.5 mergers 2", {"stages.0.optimizer.rates": RATES}),
     ],
 )
 def test_overrides(arguments, difference):
@@ -72,6 +74,17 @@ def test_mistakes_are_told_in_one_line(arguments, told, capsys):
         apply_overrides(CONFIG, arguments.split())
     assert "\n" not in str(error.value)
     assert capsys.readouterr() == ("", "")
+
+
+def test_settings_that_go_together_may_come_in_any_order():
+    """Each alone would be refused: 2 rows in 8 groups, 4 groups of 1 row."""
+    eight = apply_overrides(CONFIG, ["--batch.rows", "8", "--batch.groups", "8"])
+    for arguments in ("--batch.rows 2 --batch.groups 1", "--batch.groups 1 --batch.rows 2"):
+        (first, _) = apply_overrides(eight, arguments.split()).stages
+        assert (first.batch.rows, first.batch.groups) == (2, 1)
+    with pytest.raises(ConfigError, match=r"batch\.rows=2 must be a multiple of batch\.groups=8"):
+        apply_overrides(eight, ["--batch.rows", "2"])
+    assert apply_overrides(CONFIG, ["--seed", "1", "--seed", "2"]).seed == 2
 
 
 def test_every_setting_is_in_the_fingerprint_but_those_that_change_nothing():
