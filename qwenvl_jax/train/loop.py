@@ -43,6 +43,7 @@ from qwenvl_jax.train.overrides import apply_overrides
 from qwenvl_jax.train.profile import Profiler
 from qwenvl_jax.train.progress import Progress
 from qwenvl_jax.train.quarantine import Quarantine
+from qwenvl_jax.train.report import write_report
 from qwenvl_jax.train.state import GuardState, ModelParts, Params, TrainState
 from qwenvl_jax.train.step import make_step
 from qwenvl_jax.train.timings import TimingLog, first_start
@@ -392,7 +393,9 @@ class _Run:
             with run_folder.new_folder(target) as folder:
                 self.parts.merge(params).save_pretrained(folder)
                 self.processor.save_pretrained(folder)
-        self.say(f"done: {self.config.steps} steps; the model is in {target}")
+        if not (self.out / "report.html").exists():
+            write_report(self.out)
+        self.say(f"done: {self.config.steps} steps; the model is in {target}, the report is {self.out}/report.html")
         return target
 
 
