@@ -199,7 +199,7 @@ def _add_train(commands) -> None:
     parser = commands.add_parser(
         "train",
         help="a stage or a whole curriculum, from a config file",
-        usage=f"{PROG} train CONFIG [--model NAME] [--out DIR] [--key value ...]",
+        usage=f"{PROG} train CONFIG [--model NAME] [--out DIR] [--profile STEPS] [--key value ...]",
         description="Trains as a config file says. Started again with the same arguments after it was stopped or "
         "killed,\na run continues from its latest checkpoint as if nothing had happened.",
         epilog=f"""examples:
@@ -212,6 +212,11 @@ changed in every stage.""",
     parser.add_argument("config", metavar="CONFIG", help="a Python file with get_config(), such as those in configs/")
     parser.add_argument("--model", metavar="NAME", help="in place of the config's: a preset, a folder or a hub id")
     parser.add_argument("--out", metavar="DIR", help="the run's folder; default: runs/, by the config's name")
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="trace so many steps, or these (10-15), for XProf, into profile/ of that folder",
+    )
     parser.set_defaults(work=_train, overrides=[])
 
 
@@ -220,7 +225,9 @@ def _train(options: argparse.Namespace) -> int:
     from qwenvl_jax.train.processes import join
 
     join()
-    result = train_command(options.config, options.overrides, model=options.model, out=options.out)
+    result = train_command(
+        options.config, options.overrides, model=options.model, out=options.out, profile=options.profile
+    )
     if result.model is None:  # stopped by a signal, with a checkpoint written
         return INTERRUPTED
     print(f"{result.steps} steps are done; the model is in {result.model}")

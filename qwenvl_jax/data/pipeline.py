@@ -6,6 +6,7 @@ A batch follows from the number of its step alone, so a run that goes on begins 
 workers as it likes, and reads no sample that it does not need.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -217,6 +218,13 @@ class BatchLoader:
         block = processor.merge_size**2
         if any(length % block for _, length in plan.shape.buckets):
             raise ConfigError(f"batch.vision={plan.shape.vision}: patches in a row must be a multiple of {block}.")
+
+    def over(self, plan: Plan, samples: SampleCache) -> "BatchLoader":
+        """A loader of other data for the same host; the shape of the batches is the same."""
+        other = copy.copy(self)
+        other.plan, other.samples = plan, samples
+        other.classes, other._class_of = classes_of(plan)
+        return other
 
     def __call__(self, step: int) -> PlannedBatch:
         rows, classes, hashes, tokens, failed = [], [], [], 0, []

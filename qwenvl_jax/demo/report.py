@@ -19,6 +19,7 @@ from qwenvl_jax.data.sample import Media
 from qwenvl_jax.demo.clips import COLOURS
 from qwenvl_jax.demo.evaluate import TOLERANCE, Answered, Figures
 from qwenvl_jax.demo.records import ask, question
+from qwenvl_jax.page import ACCENT, ALERT, PALE, drawing, log_scale, moving_mean, style_panel, svg_of, write_page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,63 +79,44 @@ class Report:
 
 def write_report(report: Report, target: str | os.PathLike) -> pathlib.Path:
     """Writes the page, whole or not at all, and returns its path."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["percent"] = lambda value: f"{100 * value:.0f} %"
-    page = environment.get_template("report.html.jinja").render(
-        report=report, curves=loss_curves(report.stages), tolerance=TOLERANCE
-    )
-    target = pathlib.Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(target)
-    return target
+    template = pathlib.Path(__file__).with_name("report.html.jinja")
+    return write_page(template, target, report=report, curves=loss_curves(report.stages), tolerance=TOLERANCE)
 
 
 def loss_curves(stages: Sequence[StageCurve]) -> str:
     """SVG of the training loss of each stage, one panel a stage, with the held-out loss before and after it."""
     import matplotlib.figure
 
-    with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none"}):
+    with drawing():
         figure = matplotlib.figure.Figure(figsize=(2.2 * max(len(stages), 2), 2.7), layout="constrained")
         panels = figure.subplots(1, max(len(stages), 1), sharey=True, squeeze=False)[0]
         for panel, stage in zip(panels, stages, strict=False):
             _draw_stage(panel, stage)
         panels[0].set_ylabel("loss per answer token")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+        return svg_of(figure)
 
 
 def _draw_stage(panel, stage: StageCurve) -> None:
-    import matplotlib.ticker
-
     steps, losses = np.asarray(stage.steps), np.asarray(stage.losses, np.float64)
-    panel.plot(steps, losses, color="#c7cdd6", linewidth=0.8, zorder=1)
+    panel.plot(steps, losses, color=PALE, linewidth=0.8, zorder=1)
     window = max(1, len(losses) // 25)
     if len(losses) > window:
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        panel.plot(steps[window - 1 :], smooth, color="#3457d5", linewidth=1.8, zorder=2, label="training")
+        panel.plot(
+            steps[window - 1 :], moving_mean(losses, window), color=ACCENT, linewidth=1.8, zorder=2, label="training"
+        )
     if stage.held_out is not None and len(steps):
         ends = [steps[0], steps[-1]]
-        panel.plot(ends, stage.held_out, "--", color="#e4572e", linewidth=1, zorder=3)
-        panel.plot(ends, stage.held_out, "o", color="#e4572e", markersize=5, zorder=4, label="held-out clips")
+        panel.plot(ends, stage.held_out, "--", color=ALERT, linewidth=1, zorder=3)
+        panel.plot(ends, stage.held_out, "o", color=ALERT, markersize=5, zorder=4, label="held-out clips")
         for x, y, side in zip(ends, stage.held_out, ("left", "right"), strict=True):
             offset = (5 if side == "left" else -5, 6)
             panel.annotate(
                 f"{y:.2f}", (x, y), offset, textcoords="offset points", ha=side, color="#b23a16", fontsize=8, zorder=5
             )
-    panel.set_yscale("log")
-    panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    log_scale(panel)
     panel.set_title(stage.name, fontsize=10, fontweight="bold", loc="left", pad=12)
     panel.set_xlabel("step")
-    panel.grid(axis="y", color="#e6e9ee", linewidth=0.7)
-    panel.spines[["top", "right"]].set_visible(False)
+    style_panel(panel)
     panel.locator_params(axis="x", nbins=4)
 
 

@@ -32,6 +32,7 @@ RUNTIME_FIELDS = frozenset(
         "max_failed",
         "measure_at_most",
         "track",
+        "validation",
     }
 )
 
@@ -205,6 +206,42 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """What a stage is judged by while it trains; see `qwenvl_jax.train.validation`.
+
+    Videos are read as those of the stage's data are: at its frame rates, within its budget.
+
+    Attributes:
+      data: data sets, each judged by itself, with a `name`, `source`, `format` and `max_samples`; none are without.
+      every: steps of the stage from one time to the next; it is also judged at its end.
+      batches: of each data set at most, the same each time.
+      answers: samples of each data set that the model answers, its first ones.
+      max_new_tokens: an answer stops here at the latest.
+    """
+
+    data: tuple[MixturePart, ...] = ()
+    every: int = 1000
+    batches: int = 16
+    answers: int = 4
+    max_new_tokens: int = 64
+
+    def __post_init__(self):
+        for field, bound in {"every": 1, "batches": 1, "answers": 0, "max_new_tokens": 1}.items():
+            if getattr(self, field) < bound:
+                raise ConfigError(f"validation.{field}={getattr(self, field)} must be at least {bound}.")
+        names = [part.name for part in self.data]
+        if len(set(names)) < len(names) or (len(names) > 1 and not all(names)):
+            raise ConfigError(f"the data sets of validation.data must have a name each, no two the same; got {names}.")
+        for part in self.data:
+            for name in ("weight", "final_weight", "max_epochs", "modality"):
+                if getattr(part, name) != getattr(MixturePart, name):
+                    raise ConfigError(
+                        f"validation.data: {part.name!r} has {name}={getattr(part, name)!r}, but data sets are judged "
+                        "one by one, each sample once; leave it out."
+                    )
+
+
+@dataclasses.dataclass(frozen=True)
 class GuardConfig:
     """Steps that are left out: weights and optimizer stay as they were, and the log names the samples.
 
@@ -250,6 +287,7 @@ class StageConfig:
       router_balance: weight of the load balance of a decoder with experts, beside the loss.
       router_z: weight of its router's z-loss.
       guard: which steps are left out.
+      validation: what it is judged by on the way.
       remat, unroll, attention: how the model is run; see `qwenvl_jax.parallel.placement.Execution`.
     """
 
@@ -266,6 +304,7 @@ class StageConfig:
     router_balance: float = 0.0
     router_z: float = 0.0
     guard: GuardConfig = GuardConfig()
+    validation: ValidationConfig = ValidationConfig()
     remat: Remat = "none"
     unroll: bool = False
     attention: Backend = "auto"
@@ -368,9 +407,5 @@ def fingerprint(config: TrainConfig) -> dict[str, str]:
     Data sources are left out: where data lies changes nothing, and what it holds has a digest of its own. So is the
     mesh: a run may go on with other devices, whose sums are the same but for rounding.
     """
-    skipped = RUNTIME_FIELDS | {"source", "root", "checkpoint_every"}
-    return {
-        name: repr(value)
-        for name, value in flat(config)
-        if name.rsplit(".", 1)[-1] not in skipped and not name.startswith("mesh.")
-    }
+    skipped = RUNTIME_FIELDS | {"source", "root", "checkpoint_every", "mesh"}
+    return {name: repr(value) for name, value in flat(config) if skipped.isdisjoint(name.split("."))}

@@ -40,13 +40,16 @@ from qwenvl_jax.train.metrics import MetricsLog, learning_rates
 from qwenvl_jax.train.optimizer import make_optimizer
 from qwenvl_jax.train.overrides import apply_overrides
 from qwenvl_jax.train.processes import Processes
+from qwenvl_jax.train.profile import Profiler
 from qwenvl_jax.train.progress import Progress
 from qwenvl_jax.train.quarantine import FILE, Quarantine
+from qwenvl_jax.train.report import write_report
 from qwenvl_jax.train.state import GuardState, ModelParts, Params, TrainState
 from qwenvl_jax.train.step import make_step
 from qwenvl_jax.train.stopping import stop_signals
 from qwenvl_jax.train.timings import TimingLog, first_start
 from qwenvl_jax.train.tracking import Trackers, check_trackers
+from qwenvl_jax.train.validation import Validation, prepare_validation
 
 _WORTH_TELLING = 0.1  # share of a stage's time spent waiting for batches
 
@@ -67,13 +70,20 @@ class RunResult:
     model: Path | None
 
 
-def train(config: TrainConfig, out, *, on_step: Callable[[dict[str, Any]], None] | None = None) -> RunResult:
+def train(
+    config: TrainConfig,
+    out,
+    *,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    profile: str | None = None,
+) -> RunResult:
     """Runs a curriculum, or continues it.
 
     Args:
       config: the run.
       out: its folder; a run that began there is continued.
       on_step: called with each line of the metrics once it is written.
+      profile: steps to trace; see `qwenvl_jax.train.profile`.
 
     Raises:
       QwenVLError: settings, data or checkpoints that cannot be used.
@@ -86,7 +96,7 @@ def train(config: TrainConfig, out, *, on_step: Callable[[dict[str, Any]], None]
         processes.screen() as screen,
     ):
         progress = Progress(config.steps, 0, log, screen)
-        run = _Run(config, folder, progress, on_step, processes)
+        run = _Run(config, folder, progress, on_step, processes, profile)
         # An error ends all processes before the store waits for those that are gone.
         keeping = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
         with (
@@ -98,7 +108,11 @@ def train(config: TrainConfig, out, *, on_step: Callable[[dict[str, Any]], None]
 
 
 def train_command(
-    config_path: str, overrides: Sequence[str] = (), model: str | None = None, out: str | None = None
+    config_path: str,
+    overrides: Sequence[str] = (),
+    model: str | None = None,
+    out: str | None = None,
+    profile: str | None = None,
 ) -> RunResult:
     """Trains as a config file says: the `train` command.
 
@@ -108,6 +122,7 @@ def train_command(
       model: in place of the config's: a preset's name (its shape, random weights), or the folder or hub id of a
         pretrained model, whose processor is then used too.
       out: the run's folder; `runs/<folder of the config>/<its name>` without it.
+      profile: see `train`.
 
     Raises:
       QwenVLError: what is wrong with the config file, a setting, the data or the run's folder.
@@ -122,20 +137,27 @@ def train_command(
         config = dataclasses.replace(config, model=model, processor=processor)
     prepare(config)
     path = Path(config_path).absolute()
-    return train(config, out or Path("runs") / path.parent.name / path.stem)
+    return train(config, out or Path("runs") / path.parent.name / path.stem, profile=profile)
 
 
 class _Run:
     """The parts of a run that stay the same from its first step to its last."""
 
     def __init__(
-        self, config: TrainConfig, folder: run_folder.RunFolder, progress: Progress, on_step, processes: Processes
+        self,
+        config: TrainConfig,
+        folder: run_folder.RunFolder,
+        progress: Progress,
+        on_step,
+        processes: Processes,
+        profile: str | None,
     ):
         self.config, self.progress, self.on_step = config, progress, on_step
         self.folder, self.out, self.processes = folder, folder.local, processes
         self.say = progress.say
         keep_freed_memory()
         check_trackers(config.track)
+        self.profiler = Profiler(profile, self.out / "profile", self.say)
         self.mesh, self.rules = mesh_of(config)
         origin = config.processor or config.init or config.model
         if isinstance(origin, QwenVLConfig):
@@ -156,6 +178,7 @@ class _Run:
         self.exchange = Exchange(processes, host, self.say)
         placed = {"host": host, "hosts": hosts}
         self.stages = prepare_stages(config, self.processor, self.say, vision_rows_multiple=multiple, **placed)
+        self.held_out = prepare_validation(config, self.stages, self.processor, self.say)
         self.fingerprint = settings | {f"stages.{stage.index}.data.digest": stage.digest for stage in self.stages}
         run_folder.check(self.out, self.fingerprint)
         processes.check_same(self.fingerprint | {"mesh": repr(config.mesh)})
@@ -183,7 +206,10 @@ class _Run:
         self.trackers = Trackers(track, self.out, done, self.fingerprint)
         if unknown := {device.device_kind for device in devices if peak_flops(device) is None}:
             self.say(f"no MFU is told: the peak FLOPs of {', '.join(sorted(unknown))} are not known")
-        logs = (metrics, self.timings, self.trackers)
+        self.validation = Validation(
+            self.out / "validation.jsonl", done, held_out=self.held_out, parts=self.parts, say=self.say
+        )
+        logs = (metrics, self.timings, self.trackers, self.validation, self.profiler)
         with contextlib.ExitStack() as opened, stop_signals(self.processes) as stop:
             for log in logs:
                 opened.enter_context(contextlib.closing(log))
@@ -222,6 +248,7 @@ class _Run:
             self.timings.start()
 
         compiled, plan, rates = None, "", learning_rates(stage.config)
+        self._validate(stage, state, frozen, done, metrics)  # at a step from before the run was stopped
         while done < stage.end and not stop.after(done):
             asked = time.monotonic()
             planned = next(batches)
@@ -231,19 +258,29 @@ class _Run:
             batch = shard_batch(planned.batch, self.mesh, self.rules)
             if compiled is None:
                 compiled = self._compile(stage, state, frozen, batch)
-            state, output = compiled(state, frozen, batch)
+            with self.profiler.step(done + 1):
+                state, output = compiled(state, frozen, batch)
             done, plan = done + 1, planned.state
+            self.profiler.done(done, output)
             line = {"step": done, "tokens": planned.tokens, "batch": planned.hash, "stage": stage.config.name}
             line["learning_rate"] = float(rates[done - stage.begin - 1])
             self.timings.begin(done, planned.work, step_flops(self.parts.config, planned.work, state.params).total)
             self._written(metrics.push(line, output, stage.classes))
             self.progress.waited(wait)
+            self._validate(stage, state, frozen, done, metrics)
             if done == stage.end or done % self.config.checkpoint_every == 0:
                 save()
         if done < stage.end:
             save()
         self._tell_waits(stage)
         return state, done
+
+    def _validate(self, stage: Stage, state: TrainState, frozen: Params, done: int, metrics: MetricsLog) -> None:
+        """Judges the model where it is due, before a checkpoint says that the step is done."""
+        if self.validation.due(stage, done):
+            self._written(metrics.flush())
+            self.trackers.write("validation", self.validation.judge(stage, done, frozen | state.params))
+            self.timings.start()
 
     def _say_of(self, stage: Stage, line: str) -> None:
         """Says a line of a stage, whichever process finds it out."""
@@ -400,7 +437,12 @@ class _Run:
                 if self.processes.index == 0:
                     self.processor.save_pretrained(folder)
             self.processes.gather("exported", "")
-        self.say(f"done: {self.config.steps} steps; the model is in {target}")
+        if self.processes.index == 0 and not (self.out / "report.html").exists():
+            write_report(self.out)
+            self.folder.publish()
+        self.say(
+            f"done: {self.config.steps} steps; the model is in {target}, the report is {self.folder.out}/report.html"
+        )
         return target
 
 

@@ -65,9 +65,9 @@ class MetricsLog:
         self._pending = None
         line = {
             "step": line["step"],
-            "loss": _finite(output.loss),
+            "loss": finite(output.loss),
             **line,
-            "grad_norm": _finite(output.grad_norm),
+            "grad_norm": finite(output.grad_norm),
             **({"skipped": int(output.skipped)} if output.skipped else {}),
             **_told_apart(output.sums, classes),
             **_of_experts(output.sums),
@@ -93,7 +93,7 @@ def learning_rates(stage: StageConfig) -> np.ndarray:
     return np.asarray(jax.vmap(schedule)(jnp.arange(stage.steps, dtype=jnp.int32)), np.float32)
 
 
-def _finite(value: jax.Array | float) -> float | None:
+def finite(value: jax.Array | float) -> float | None:
     """A number, or None where it is none: JSON has no word for it."""
     number = float(value)
     return number if math.isfinite(number) else None
@@ -103,8 +103,7 @@ def _told_apart(sums: Mapping[str, Any], classes: Sequence[SampleClass]) -> dict
     """The losses of each data set and of each modality, out of the sums of each class."""
     if "loss" not in sums or not classes:
         return {}
-    # The classes come last: the first entry is padding's.
-    losses, weights = (np.asarray(sums[name], np.float64)[-len(classes) :] for name in ("loss", "weight"))
+    losses, weights = (np.asarray(sums[name], np.float64) for name in ("loss", "weight"))
     kinds: dict[str, Callable[[SampleClass], str]] = {
         "loss_by_data": lambda one: one.data,
         "loss_by_modality": lambda one: one.modality,
@@ -115,13 +114,13 @@ def _told_apart(sums: Mapping[str, Any], classes: Sequence[SampleClass]) -> dict
         for name in dict.fromkeys(map(name_of, classes)):
             of_name = np.asarray([name_of(one) == name for one in classes])
             if weight := weights[of_name].sum():
-                found[kind][name] = _finite(losses[of_name].sum() / weight)
+                found[kind][name] = finite(losses[of_name].sum() / weight)
     return found
 
 
 def _of_experts(sums: Mapping[str, Any]) -> dict[str, Any]:
     """The router's losses, and how the tokens are spread over the experts."""
-    found: dict[str, Any] = {name: _finite(sums[name]) for name in ("router_balance", "router_z") if name in sums}
+    found: dict[str, Any] = {name: finite(sums[name]) for name in ("router_balance", "router_z") if name in sums}
     if "experts" in sums:
         choices_YX = np.asarray(sums["experts"], np.float64)
         total_Y1 = np.maximum(choices_YX.sum(axis=1, keepdims=True), 1)

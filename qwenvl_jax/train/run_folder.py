@@ -13,6 +13,8 @@ train.log        what the run said
 quarantine.jsonl samples that could not be used, and why; see `qwenvl_jax.train.quarantine`
 tensorboard/     what TensorBoard shows, and wandb/ likewise, where `track` asks for it
 checkpoints/     by step, see `qwenvl_jax.checkpoint.store`
+report.html      the course of a run that is done, with plots
+profile/         a trace, where `--profile` asks for one
 model/           the trained model in the public layout, when the run is done
 """
 

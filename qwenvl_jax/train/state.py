@@ -15,6 +15,7 @@ from flax import nnx
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.models.qwenvl import QwenVL
+from qwenvl_jax.parallel.placement import Execution
 from qwenvl_jax.parallel.rules import DEFAULT_RULES, Rules, param_shardings
 
 Params = dict[str, jax.Array]
@@ -141,7 +142,9 @@ class ModelParts:
 
     def merge(self, params: Mapping[str, jax.Array]) -> QwenVL:
         """The model with these weights, all of them."""
-        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, [params[name] for name in self.names]))
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, [params[name] for name in self.names]))
+        model.execution = Execution(self.mesh, self.rules)
+        return model
 
     def select(self, trainable: str) -> tuple[str, ...]:
         """Names of the weights that `trainable` picks: "all", "mergers", or a regular expression found in the name.

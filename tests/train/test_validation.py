@@ -1,0 +1,157 @@
+"""Validation: what a model answers and its loss on data apart, without touching the training."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from qwenvl_jax.data.mixture import MixturePart
+from qwenvl_jax.data.processor import Processor
+from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.train.config import TrainConfig, ValidationConfig, fingerprint
+from qwenvl_jax.train.curriculum import prepare_stages
+from qwenvl_jax.train.loop import train
+from qwenvl_jax.train.metrics import read_metrics
+from qwenvl_jax.train.step import make_loss
+from qwenvl_jax.train.validation import Validation, prepare_validation
+from tests.train.test_step import ModelParts, single_device_mesh
+from tests.train.tiny_run import tiny_config, write_records, write_tiny_run
+
+pytestmark = pytest.mark.usefixtures("promotion_as_usual")
+
+
+def record(name: str, question: str, answer: str, **more) -> dict:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"id": name, "messages": messages, **more}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, clip):
+    """The data of a tiny run, and two data sets beside it: clips, and words of which one record has two turns."""
+    folder = tmp_path_factory.mktemp("run")
+    write_tiny_run(folder, clip)
+    clips = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()[:2]]
+    write_records(folder / "held-clips.jsonl", clips)
+    two = record("two", "describe", "a red square")
+    two["messages"] += [{"role": "user", "content": "when?"}, {"role": "assistant", "content": "at 3 seconds"}]
+    write_records(
+        folder / "held-words.jsonl", [record(f"w{i}", "what " * i, "a blue circle") for i in range(5)] + [two]
+    )
+    return folder
+
+
+def with_validation(folder, **changes) -> TrainConfig:
+    """One stage of five steps, judged after steps 2, 4 and 5."""
+    parts = tuple(MixturePart(name, str(folder / f"held-{name}.jsonl")) for name in ("clips", "words"))
+    settings = {"data": parts, "every": 2, "batches": 3, "answers": 2, "max_new_tokens": 4} | changes
+    config = tiny_config(folder)
+    stage = dataclasses.replace(config.stages[1], validation=ValidationConfig(**settings))
+    return dataclasses.replace(config, stages=(stage,), checkpoint_every=3)
+
+
+def prepared(config: TrainConfig):
+    processor = Processor.from_pretrained(config.processor)
+    stages = prepare_stages(config, processor, lambda line: None)
+    return stages[0], prepare_validation(config, stages, processor, lambda line: None)
+
+
+def test_loss(folder, tmp_path):
+    """That of the records themselves, each once; the words alone, and nothing is asked."""
+    words = MixturePart("", str(folder / "held-words.jsonl"))
+    stage, held_out = prepared(with_validation(folder, data=(words,), answers=0))
+    ((one,),) = held_out
+    assert (one.name, one.batches) == ("data", 1)
+    parts = ModelParts(tiny_config(folder).model, dtype="float32", param_dtype="float32", mesh=single_device_mesh())
+    params = parts.random(0)
+    validation = Validation(tmp_path / "validation.jsonl", 0, held_out=held_out, parts=parts, say=lambda line: None)
+    line = validation.judge(stage, 2, params)
+    validation.close()
+    assert line == {"step": 2, "stage": "s1", "losses": line["losses"], "answers": []}
+    assert read_metrics(tmp_path / "validation.jsonl") == [line]
+    expected = float(make_loss(parts, stage.config)(params, one.loader(0).batch))
+    np.testing.assert_allclose(line["losses"]["data"], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_loss_and_answers(folder, tmp_path, caplog):
+    """Against the loss of the records themselves; asked twice, nothing is compiled twice."""
+    config = with_validation(folder)
+    stage, held_out = prepared(config)
+    clips, words = held_out[0]
+    # Each sample once: two clips in rows of 160 tokens, six short texts in one batch.
+    assert [one.name for one in held_out[0]] == ["clips", "words"]
+    assert sorted(e for one in range(words.batches) for row in words.loader.plan[one] for e in row) == list(range(6))
+    parts = ModelParts(config.model, dtype="float32", param_dtype="float32", mesh=single_device_mesh())
+    params = parts.random(0)
+    said: list[str] = []
+    validation = Validation(tmp_path / "validation.jsonl", 0, held_out=held_out, parts=parts, say=said.append)
+    assert [validation.due(stage, step) for step in range(6)] == [False, False, True, False, True, True]
+    first = validation.judge(stage, 2, params)
+    assert not validation.due(stage, 2)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        again = validation.judge(stage, 4, params)
+    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    assert not compiled
+    validation.close()
+    assert again == {**first, "step": 4}
+    assert read_metrics(tmp_path / "validation.jsonl") == [first, again]
+    assert words.batches == 1
+    expected = float(make_loss(parts, stage.config)(params, words.loader(0).batch))
+    np.testing.assert_allclose(first["losses"]["words"], expected, rtol=1e-5)
+    assert f"words {first['losses']['words']:.4f}" in said[0]
+    assert [(one["data"], one["id"], one["question"], one["truth"]) for one in first["answers"]] == [
+        ("clips", "clip-0", "when does the red circle leave?", "at 0 seconds"),
+        ("clips", "clip-1", "when does the blue circle leave?", "at 1 seconds"),
+        ("words", "w0", "", "a blue circle"),
+        ("words", "w1", "what ", "a blue circle"),
+    ]
+    assert clips.asked[0].messages[-1]["role"] == "assistant"  # what is asked leaves records as they are
+
+
+@pytest.mark.slow
+def test_training_is_not_touched(folder, tmp_path):
+    """Stopped in step 5 and started again: the losses, batches and weights of a run that nobody judged."""
+    config = with_validation(folder)
+    plain = dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], validation=ValidationConfig()),))
+    assert fingerprint(config) == fingerprint(plain)
+    train(plain, tmp_path / "plain")
+
+    def stop(line: dict) -> None:
+        if line["step"] == 4:
+            raise RuntimeError("stopped")
+
+    out = tmp_path / "judged"
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(config, out, on_step=stop)
+    assert [line["step"] for line in read_metrics(out / "validation.jsonl")] == [2]
+    train(config, out)
+    for file in ("metrics.jsonl", "model/model.safetensors"):
+        assert (out / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    found = read_metrics(out / "validation.jsonl")
+    assert [line["step"] for line in found] == [2, 4, 5]
+    assert found[2]["losses"]["words"] < found[0]["losses"]["words"]
+    assert not read_metrics(tmp_path / "plain" / "validation.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"every": 0}, r"validation\.every=0 must be at least 1"),
+        ({"batches": 0}, r"validation\.batches=0"),
+        ({"answers": -1}, r"validation\.answers=-1 must be at least 0"),
+        ({"max_new_tokens": 0}, r"validation\.max_new_tokens=0"),
+        ({"data": (MixturePart("a", "x"), MixturePart("a", "y"))}, "no two the same"),
+        ({"data": (MixturePart("a", "x", weight=2.0),)}, "'a' has weight=2.0, but data sets are judged one by one"),
+    ],
+)
+def test_settings_that_mean_nothing(folder, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        with_validation(folder, **changes)
+
+
+def test_data_that_is_missing_is_told_before_the_first_step(folder):
+    config = with_validation(folder, data=(MixturePart("gone", str(folder / "gone.jsonl")),))
+    with pytest.raises(DataError, match=r"stage s1, validation: .*gone\.jsonl cannot be read"):
+        prepared(config)
