@@ -36,7 +36,7 @@ demo: .venv/.installed
 test: .venv/.installed-test lint
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup
 
-check: .venv/.installed-test lint
+check: .venv/.installed-tpu lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 	@$(MAKE) --no-print-directory check-312
 
@@ -100,6 +100,11 @@ help:
 .venv/.installed: pyproject.toml | .venv/bin/python
 	@echo "Installing qwenvl_jax into .venv"
 	$(PIP) --editable .
+	@touch $@
+
+# The longer suite compiles for TPU slices, where libtpu can be had.
+.venv/.installed-tpu: .venv/.installed-test
+	$(PIP) --editable '.[tpu]' || echo "libtpu cannot be installed here: the tests that compile for TPUs say so"
 	@touch $@
 
 # torchvision's wheels are tied to one build of torch each; without its dependencies it leaves the installed torch alone.

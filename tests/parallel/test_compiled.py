@@ -129,3 +129,12 @@ def test_slices_are_laid_out_with_the_slow_network_outermost():
     assert [len({device.slice_index for device in part.flat}) for part in mesh.devices] == [1, 1]
     mesh = make_mesh(two, fsdp=8, tensor=2)
     assert [len({device.slice_index for device in part.flat}) for part in np.split(mesh.devices, 2, axis=1)] == [1, 1]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_row_of_262144_tokens_compiles_for_a_slice():
+    """Four layers of the 8B, sixteen devices along `context`, with videos of 65,536 patches."""
+    mesh = make_mesh(tpu_devices("v5p:4x4x4"), fsdp=4, context=16)
+    memory = compile_step(few_layers("qwen3_vl_8b", 4), mesh, length=262_144, vision=((16, 4096),)).memory_analysis()
+    assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 30 * 2**30
