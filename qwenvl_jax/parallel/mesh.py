@@ -60,5 +60,5 @@ def _arranged(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarr
 
 
 def single_device_mesh(device=None) -> Mesh:
-    """Makes the mesh of one device, the first by default."""
-    return make_mesh([device if device is not None else jax.devices()[0]])
+    """Makes the mesh of one device, the first of this process by default."""
+    return make_mesh([device if device is not None else jax.local_devices()[0]])
