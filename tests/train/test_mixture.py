@@ -37,7 +37,7 @@ def with_part(config, number: int, **changes) -> DataConfig:
 @pytest.mark.parametrize(
     ("number", "changes", "steps"),
     [
-        (0, {"name": "other"}, 1),
+        (0, {"name": "other"}, 3),
         (0, {"weight": 5.0}, 1),
         (0, {"final_weight": 9.0}, 6),
         (1, {"max_epochs": 1.0}, 3),
@@ -152,8 +152,6 @@ def test_a_run_over_a_mixture_goes_on_where_it_was_stopped(mixed_folder, tmp_pat
 
 CONFIG = """\
 from tests.data.mixed import mixed_config
-
-pytestmark = pytest.mark.usefixtures("promotion_as_usual")
 
 
 def get_config():
