@@ -279,7 +279,9 @@ class _Run:
         """Judges the model where it is due, before a checkpoint says that the step is done."""
         if self.validation.due(stage, done):
             self._written(metrics.flush())
+            began = time.monotonic()
             self.trackers.write("validation", self.validation.judge(stage, done, frozen | state.params))
+            self.progress.paused(time.monotonic() - began)
             self.timings.start()
 
     def _say_of(self, stage: Stage, line: str) -> None:
