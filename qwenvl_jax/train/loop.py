@@ -261,7 +261,7 @@ class _Run:
             with self.profiler.step(done + 1):
                 state, output = compiled(state, frozen, batch)
             done, plan = done + 1, planned.state
-            self.profiler.done(done, output)
+            self.timings.paused(self.profiler.done(done, output))
             line = {"step": done, "tokens": planned.tokens, "batch": planned.hash, "stage": stage.config.name}
             line["learning_rate"] = float(rates[done - stage.begin - 1])
             self.timings.begin(done, planned.work, step_flops(self.parts.config, planned.work, state.params).total)
