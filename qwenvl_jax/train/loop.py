@@ -261,7 +261,7 @@ class _Run:
             with self.profiler.step(done + 1):
                 state, output = compiled(state, frozen, batch)
             done, plan = done + 1, planned.state
-            self.profiler.done(done, output)
+            self.timings.paused(self.profiler.done(done, output))
             line = {"step": done, "tokens": planned.tokens, "batch": planned.hash, "stage": stage.config.name}
             line["learning_rate"] = float(rates[done - stage.begin - 1])
             self.timings.begin(done, planned.work, step_flops(self.parts.config, planned.work, state.params).total)
@@ -279,7 +279,9 @@ class _Run:
         """Judges the model where it is due, before a checkpoint says that the step is done."""
         if self.validation.due(stage, done):
             self._written(metrics.flush())
+            began = time.monotonic()
             self.trackers.write("validation", self.validation.judge(stage, done, frozen | state.params))
+            self.progress.paused(time.monotonic() - began)
             self.timings.start()
 
     def _say_of(self, stage: Stage, line: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,18 @@ class Profiler:
         with jax.profiler.StepTraceAnnotation(ANNOTATION, step_num=number):
             yield
 
-    def done(self, number: int, output: Any) -> None:
-        """Ends the trace with the last step asked for, once `output`, what it gave, is computed."""
-        if self._open and number >= self._last:
-            jax.block_until_ready(output)
-            self.close()
+    def done(self, number: int, output: Any) -> float:
+        """Ends the trace with the last step asked for, once `output`, what it gave, is computed.
+
+        Returns:
+          Seconds that went into writing the trace.
+        """
+        if not self._open or number < self._last:
+            return 0.0
+        jax.block_until_ready(output)
+        began = time.monotonic()
+        self.close()
+        return time.monotonic() - began
 
     def close(self) -> None:
         """Ends a trace that is open."""

@@ -67,6 +67,10 @@ class Progress:
         self._began, self._first, self._tokens, self._waited = time.monotonic(), self._done, 0, 0.0
         self._seen, self._used = 0, 0.0
 
+    def paused(self, seconds: float) -> None:
+        """Leaves a pause, in which no step was to be taken, out of the speed."""
+        self._began += seconds
+
     def waited(self, seconds: float) -> None:
         """Counts a wait for a batch."""
         self._waited += seconds

@@ -63,7 +63,13 @@ def _figures(metrics: Lines, timings: Lines, validation: Lines) -> list[tuple[st
     """The figures at the top of the page: name, value, and what it is."""
     losses = [line["loss"] for line in metrics[-max(1, len(metrics) // _SMOOTH) :] if line["loss"] is not None]
     tokens = sum(line["tokens"] for line in metrics)
-    found = [("loss", f"{np.mean(losses):.4f}" if losses else "none", f"mean of the last {len(losses):,} steps")]
+    found = [
+        (
+            "loss",
+            f"{np.mean(losses):.4f}" if losses else "none",
+            f"mean of the last {len(losses):,} steps" if len(losses) > 1 else "of the last step",
+        )
+    ]
     for name, loss in (validation[-1]["losses"] if validation else {}).items():
         at = f"at step {validation[-1]['step']:,}"
         found.append((f"validation, {name}", "none" if loss is None else f"{loss:.4f}", at))

@@ -67,6 +67,10 @@ class TimingLog:
         """Begins to measure: what went before, a pause, is no step's time."""
         self._last, self._wait = time.monotonic(), 0.0
 
+    def paused(self, seconds: float) -> None:
+        """Leaves a pause out of the time of the step that is taken."""
+        self._last += seconds
+
     def waited(self, seconds: float) -> None:
         """Counts a wait for a batch."""
         self._wait += seconds

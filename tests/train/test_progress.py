@@ -68,7 +68,8 @@ def test_vision_tokens_and_use_of_the_devices(monkeypatch):
         progress.update(line(1), Timing(1.0, 0.0, 100, 0, None))
         now[0] = 20.0
         progress.update(line(2), Timing(5.0, 0.0, 100, 600, 0.6))
-        now[0] = 40.0
+        now[0] = 75.0
+        progress.paused(35.0)  # for a validation
         progress.update(line(3) | {"loss": None}, Timing(5.0, 0.0, 100, 0, 0.6))
     assert "MFU" not in stream.getvalue().splitlines()[0] and "vision" not in stream.getvalue().splitlines()[0]
     assert stream.getvalue().splitlines()[2] == (

@@ -45,6 +45,8 @@ def test_what_a_step_took(tmp_path, clock):
     clock(60)  # compiling
     log.start()
     log.begin(1, Work(tokens=1000, vision_tokens=400), 918e12)
+    clock(7)
+    log.paused(7)
     clock(1.5)
     log.waited(1.5)
     log.begin(2, Work(tokens=500), 918e12)
@@ -60,11 +62,11 @@ def test_what_a_step_took(tmp_path, clock):
         "mfu": 0.25,
         "memory_bytes": 9,
         "peak_memory_bytes": 18,
-        "goodput": round(0.5 / 62, 4),
+        "goodput": round(0.5 / 69, 4),
     }
     assert (timing.seconds, timing.vision_tokens, timing.mfu) == (2.0, 400, 0.25)
     clock(4)
-    assert log.finish(2)[0]["goodput"] == round(4.5 / 66, 4)
+    assert log.finish(2)[0]["goodput"] == round(4.5 / 73, 4)
     log.close()
     assert [found["step"] for found in lines(path)] == [1, 2]
 

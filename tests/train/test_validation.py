@@ -16,7 +16,9 @@ from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.metrics import read_metrics
 from qwenvl_jax.train.step import make_loss
 from qwenvl_jax.train.validation import Validation, prepare_validation
+from tests.train.test_profile import traced
 from tests.train.test_step import ModelParts, single_device_mesh
+from tests.train.test_tracking import scalars
 from tests.train.tiny_run import tiny_config, write_records, write_tiny_run
 
 pytestmark = pytest.mark.usefixtures("promotion_as_usual")
@@ -126,13 +128,21 @@ def test_training_is_not_touched(folder, tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         train(config, out, on_step=stop)
     assert [line["step"] for line in read_metrics(out / "validation.jsonl")] == [2]
-    train(config, out)
+    config = dataclasses.replace(config, track=("tensorboard",))
+    train(config, out, profile="5-5")
     for file in ("metrics.jsonl", "model/model.safetensors"):
         assert (out / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
     found = read_metrics(out / "validation.jsonl")
     assert [line["step"] for line in found] == [2, 4, 5]
     assert found[2]["losses"]["words"] < found[0]["losses"]["words"]
     assert not read_metrics(tmp_path / "plain" / "validation.jsonl")
+    # Asked for by the second process, and level with the first; the trace is of the step asked for.
+    assert [step for step, _ in scalars(out / "tensorboard", "loss")] == [1, 2, 3, 4, 5]
+    losses = [(step, round(value, 5)) for step, value in scalars(out / "tensorboard", "validation/losses/words")]
+    assert losses == [(line["step"], round(line["losses"]["words"], 5)) for line in found]
+    assert traced(out / "profile") == [5]
+    page = (out / "report.html").read_text()
+    assert "<h3>validation loss</h3>" in page and "when does the red circle leave?" in page
 
 
 @pytest.mark.parametrize(
