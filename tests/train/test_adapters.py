@@ -1,20 +1,32 @@
 """Adapters: the mathematics against kernels written out, what is stored, meshes, runs that end and go on."""
 
 import dataclasses
+import json
+import re
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
 
+import qwenvl_jax as qv
+from qwenvl_jax.checkpoint import peft
+from qwenvl_jax.data.processor import Processor
+from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.parallel.mesh import make_mesh
 from qwenvl_jax.parallel.placement import shard_batch
 from qwenvl_jax.train.adapters import AdaptedParts
 from qwenvl_jax.train.config import AdapterConfig, StageConfig
+from qwenvl_jax.train.metrics import read_metrics
 from qwenvl_jax.train.optimizer import make_optimizer
 from qwenvl_jax.train.step import make_loss
 from tests.parallel.meshed import UNOPTIMIZED, even_config, everything
+from tests.train.tiny_run import command_line, killed, tiny_model, write_tiny_run
 
 EVERYWHERE = r"attn\.\w+$|mlp\.(gate|up|down|fc1|fc2)$|merger\.fc|deepstack\.fc"
 # Table of appendix E of the QLoRA paper (arXiv 2305.14314).
@@ -333,3 +345,93 @@ def test_layers_without_an_adapter_get_none(stored, tmp_path):
     a, b = peft.read(tmp_path, config).pairs["text.layers.mlp.up"]
     assert np.array_equal(a[0], adapter.pairs["text.layers.mlp.up"][0][0])
     assert not a[1].any() and not b[1].any() and a[0].any()
+
+
+def test_begins_with_an_adapter(stored):
+    """Its numbers, where the run has the same modules, rank and alpha; else the difference is told."""
+    folder, config, adapter = stored
+    settings = {"targets": r"layers\.mlp\.up$|merger\.fc2$", "modules_to_save": r"^text\.norm$", "start": str(folder)}
+    made = AdapterConfig(rank=4, alpha=8.0, **settings)
+    params = adapted(config, made).random(0)
+    for name, (a, b) in adapter.pairs.items():
+        assert np.array_equal(params[f"{name}.kernel_lora_a"], a)
+        assert np.array_equal(params[f"{name}.kernel_lora_b"], b)
+    assert np.array_equal(params["text.norm.scale"], adapter.saved["text.norm.scale"])
+    for change, told in (
+        ({"alpha": 4.0}, r"r=4 and lora_alpha=8, the run adapter\.rank=4 and adapter\.alpha=4"),
+        ({"targets": r"mlp\.up$"}, r"it has merger\.fc2, the run has not; set adapter\.targets"),
+        ({"modules_to_save": ""}, r"it has text\.norm\.scale, the run has not; set adapter\.modules_to_save"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            adapted(config, dataclasses.replace(made, **change))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, clip):
+    """(config file of a tiny run, a base to train on, the command line's settings for adapters on it)."""
+    folder = tmp_path_factory.mktemp("run")
+    config = write_tiny_run(folder, clip)
+    base = folder / "base"
+    shutil.copytree(folder / "processor", base)
+    qv.QwenVL(tiny_model(Processor.from_pretrained(folder / "processor")), rngs=nnx.Rngs(3)).save_pretrained(base)
+    settings = ("--model", base, "--adapter.rank", 4, "--adapter.modules_to_save", "^merger")
+    return config, base, settings
+
+
+def assert_same_files(folder, other):
+    """Same names and bytes."""
+    assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
+    for path in folder.iterdir():
+        assert path.read_bytes() == (other / path.name).read_bytes(), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["none", "nf4"])
+def test_a_run_that_is_killed_and_continued(run, storage, tmp_path):
+    """The first stage trains the mergers, the second all that may learn; bit for bit the run that was not killed.
+
+    The adapter on the base is the model that was exported, where the base was not quantized.
+    """
+    config, base, settings = run
+    settings += ("--adapter.quantize", storage, "--adapter.tile_size", 16)
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    done = command_line("train", config, "--out", whole, *settings)
+    assert done.returncode == 0, done.stderr
+    assert killed("SIGKILL:step:6", config, out, *settings).returncode == -signal.SIGKILL
+    done = command_line("train", config, "--out", out, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step" in done.stderr
+    assert [line["loss"] for line in read_metrics(out / "metrics.jsonl")] == [
+        line["loss"] for line in read_metrics(whole / "metrics.jsonl")
+    ]
+    for name in ("adapter", "model"):
+        assert_same_files(out / name, whole / name)
+
+    written = json.loads((whole / "adapter" / peft.CONFIG).read_text())
+    assert (written["r"], written["base_model_name_or_path"]) == (4, str(base))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, whole / "model"))
+    moved = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+    assert moved and all(re.search(r"_proj\.weight$|visual\.merger\.", name) for name in moved)
+    if storage == "none":
+        joined = qv.QwenVL.from_pretrained(base, dtype="float32", adapter=whole / "adapter")
+        joined.save_pretrained(tmp_path / "joined")
+        for name, value in load_file(tmp_path / "joined" / "model.safetensors").items():
+            np.testing.assert_allclose(value, after[name], rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_base_that_changed_is_told(run, tmp_path):
+    """A checkpoint holds what learns; continued beside other weights, its adapters would mean nothing."""
+    config, base, settings = run
+    mine = shutil.copytree(base, tmp_path / "base")
+    settings = (settings[0], mine, *settings[2:])
+    out = tmp_path / "out"
+    assert killed("SIGKILL:step:6", config, out, *settings).returncode == -signal.SIGKILL
+    tensors = load_file(mine / "model.safetensors")
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: np.ascontiguousarray(tensors[name][::-1])}, mine / "model.safetensors")
+    refused = command_line("train", config, "--out", out, *settings)
+    assert refused.returncode == 2
+    assert "not those that the run began with" in refused.stderr
+    save_file(tensors, mine / "model.safetensors")
+    assert command_line("train", config, "--out", out, *settings).returncode == 0
