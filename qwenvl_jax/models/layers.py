@@ -63,7 +63,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x):
         """Maps [..., *inputs] to [..., *outputs] in the dtype of x."""
-        y = project(x, self.kernel[...].astype(x.dtype), self.inputs)
+        y = project(x, self.kernel[...], self.inputs)
         return y if self.bias is None else y + _like(self.bias[...], y)
 
 

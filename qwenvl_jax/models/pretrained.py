@@ -14,10 +14,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.checkpoint import folder as folders
-from qwenvl_jax.checkpoint import hf, hf_config, native, reorder, source, tensors
+from qwenvl_jax.checkpoint import hf, hf_config, native, peft, reorder, source, tensors
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.models.qwenvl import QwenVL
+from qwenvl_jax.ops import low_rank
 from qwenvl_jax.parallel.mesh import single_device_mesh
 from qwenvl_jax.parallel.placement import Execution
 from qwenvl_jax.parallel.rules import param_shardings
@@ -25,13 +26,16 @@ from qwenvl_jax.parallel.rules import param_shardings
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def load(path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> QwenVL:
+def load(
+    path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None, adapter: str | Path | None = None
+) -> QwenVL:
     """Loads a model from a folder in the public layout or the native one, or a hub id.
 
     Args:
       path: see `qwenvl_jax.checkpoint.folder.resolve`.
       dtype: of parameters and activations: "bfloat16", "float16" or "float32".
       mesh: the devices to spread the weights over, as `qwenvl_jax.parallel.rules` says; the first device by default.
+      adapter: folder or hub id of a LoRA adapter in PEFT's format, which is added to the weights.
 
     Raises:
       CheckpointError: the folder is incomplete, damaged, or of a kind that is not supported.
@@ -44,9 +48,13 @@ def load(path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None)
     table = {entry.path: entry for entry in model.table}
     mesh = mesh or single_device_mesh()
     shardings = dict(nnx.to_flat_state(param_shardings(state, mesh)))
+    update = None if adapter is None else peft.read(adapter, model.config)
     weights = []
     for key, variable in nnx.to_flat_state(state):
-        weights.append((key, variable.replace(_place(model, table[_dotted(key)], kind, shardings[key].get_value()))))
+        value = _place(model, table[_dotted(key)], kind, shardings[key].get_value())
+        if update is not None:
+            value = _adapted(value, _dotted(key), update)
+        weights.append((key, variable.replace(value)))
     loaded = nnx.merge(graph, nnx.from_flat_state(weights))
     loaded.execution = Execution(mesh)
     return loaded
@@ -70,6 +78,19 @@ def _dtype(dtype) -> np.dtype:
 
 def _dotted(key: tuple) -> str:
     return ".".join(str(part) for part in key)
+
+
+def _adapted(value: jax.Array, name: str, adapter: peft.Adapter) -> jax.Array:
+    """A weight with what an adapter adds to it, where it lies."""
+    if name in adapter.saved:
+        return jax.device_put(adapter.saved[name].astype(value.dtype), value.sharding)
+    pair = adapter.pairs.get(name.removesuffix(".kernel"))
+    if pair is None:
+        return value
+    scale = adapter.alpha / adapter.rank
+    return jax.jit(low_rank.merged, static_argnums=3, out_shardings=value.sharding, donate_argnums=0)(
+        value, *pair, scale
+    )
 
 
 Bounds = tuple[tuple[int, int], ...]  # first and last but one of a part along each axis

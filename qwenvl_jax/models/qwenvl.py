@@ -38,11 +38,11 @@ class QwenVL(nnx.Module):
         self.text = Decoder(config.text, **make)
 
     @classmethod
-    def from_pretrained(cls, path, dtype="bfloat16", mesh=None) -> "QwenVL":
+    def from_pretrained(cls, path, dtype="bfloat16", mesh=None, adapter=None) -> "QwenVL":
         """Loads a folder in the public layout, or a hub id; see `qwenvl_jax.models.pretrained.load`."""
         from qwenvl_jax.models import pretrained
 
-        return pretrained.load(path, dtype=dtype, mesh=mesh)
+        return pretrained.load(path, dtype=dtype, mesh=mesh, adapter=adapter)
 
     def save_pretrained(self, out_dir) -> None:
         """Writes the public layout; see `qwenvl_jax.models.pretrained.save`."""

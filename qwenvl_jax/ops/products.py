@@ -17,7 +17,7 @@ def project(x, kernel, inputs: int):
 
     Args:
       x: [..., *I].
-      kernel: [*I, *O], of the dtype of x.
+      kernel: [*I, *O]; used in the dtype of x.
       inputs: number of axes in I, 1 to 3.
 
     Returns:
@@ -34,4 +34,4 @@ def project(x, kernel, inputs: int):
     def apart(x, kernel):
         return jnp.einsum(f"...{into},{into}{out}->...{out}", x, kernel)
 
-    return jax.lax.platform_dependent(x, kernel, cpu=joined, default=apart)
+    return jax.lax.platform_dependent(x, kernel.astype(x.dtype), cpu=joined, default=apart)

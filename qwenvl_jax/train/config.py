@@ -8,6 +8,7 @@ are the others.
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -17,6 +18,9 @@ from qwenvl_jax.data.mixture import MixturePart, VideoBudget
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.parallel.placement import Backend, Remat
+
+# Of frozen kernels under adapters.
+Storage = Literal["none", "nf4", "int4", "int8"]
 
 # Settings that say how a run is carried out, not what it computes.
 RUNTIME_FIELDS = frozenset(
@@ -317,6 +321,53 @@ class StageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters (LoRA), which learn in place of the model's weights; see `qwenvl_jax.train.adapters`.
+
+    Names in parentheses are PEFT's. There is no dropout: a run's step is a function of weights and batch.
+
+    Attributes:
+      rank: width of the adapters (`r`); 0 has none, and the weights themselves learn.
+      alpha: the update of a kernel is `alpha / rank` times the product of its adapter's halves (`lora_alpha`).
+      targets: regular expression found in the dotted names of the projections that get adapters (`target_modules`);
+        those of the decoder's attention and feed-forward layers by default. Experts get none.
+      modules_to_save: regular expression found in the names of modules that learn whole beside the adapters and are
+        saved with them, such as "^(merger|deepstack)"; none if it is empty.
+      quantize: how the frozen kernels under adapters are stored: as they are ("none"), in four bits whose values are
+        those of a normal distribution ("nf4", QLoRA), or as whole numbers ("int4", "int8").
+      tile_size: inputs of a quantized kernel that share a scale.
+      start: folder or hub id of an adapter in PEFT's format to begin with; a new one without it.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: str = r"^text\.layers\.(attn\.(q|k|v|o)|mlp\.(gate|up|down))$"
+    modules_to_save: str = ""
+    quantize: Storage = "none"
+    tile_size: int = 64
+    start: str | None = None
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise ConfigError(f"adapter.rank={self.rank} must be at least 1, or 0 for no adapters.")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"adapter.alpha={self.alpha} must be above 0.")
+        if self.tile_size < 1:
+            raise ConfigError(f"adapter.tile_size={self.tile_size} must be at least 1.")
+        if self.quantize not in get_args(Storage):
+            raise ConfigError(f"adapter.quantize={self.quantize!r} is not one of {', '.join(get_args(Storage))}.")
+        for name in ("targets", "modules_to_save"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ConfigError(
+                    f"adapter.{name}={getattr(self, name)!r} is no regular expression ({error}); correct it."
+                ) from error
+        if not self.rank and (self.quantize != "none" or self.modules_to_save or self.start):
+            raise ConfigError("adapter.rank=0 has no adapters, but other settings of them are given; set the rank.")
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """The devices of a run, and what is split over them.
 
@@ -353,6 +404,7 @@ class TrainConfig:
       keep_every: checkpoints of steps that are multiples of this stay for ever; 0 keeps none beside the latest.
       mesh: the devices.
       track: where figures are shown besides the run's folder: "tensorboard", "wandb"; see `qwenvl_jax.train.tracking`.
+      adapter: low-rank adapters, which then are what learns in every stage; see `AdapterConfig`.
     """
 
     model: QwenVLConfig | str
@@ -367,6 +419,7 @@ class TrainConfig:
     keep_every: int = 0
     mesh: MeshConfig = MeshConfig()
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    adapter: AdapterConfig = AdapterConfig()
 
     def __post_init__(self):
         names = [stage.name for stage in self.stages]

@@ -31,6 +31,7 @@ from qwenvl_jax.parallel.host_memory import keep_freed_memory
 from qwenvl_jax.parallel.placement import Execution, row_share, shard_batch
 from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train import run_folder
+from qwenvl_jax.train.adapters import make_parts
 from qwenvl_jax.train.config import StageConfig, TrainConfig, fingerprint
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.curriculum import Stage, prepare_stages
@@ -44,7 +45,7 @@ from qwenvl_jax.train.profile import Profiler
 from qwenvl_jax.train.progress import Progress
 from qwenvl_jax.train.quarantine import FILE, Quarantine
 from qwenvl_jax.train.report import write_report
-from qwenvl_jax.train.state import GuardState, ModelParts, Params, TrainState
+from qwenvl_jax.train.state import GuardState, Params, TrainState
 from qwenvl_jax.train.step import make_step
 from qwenvl_jax.train.stopping import stop_signals
 from qwenvl_jax.train.timings import TimingLog, first_start
@@ -166,9 +167,7 @@ class _Run:
         self.say(f"tokenizer and preprocessor settings are those of {origin}")
         shape = config.model if isinstance(config.model, QwenVLConfig) else _shape_of(config.model)
         _check_ids(shape, self.processor)
-        self.parts = ModelParts(
-            shape, dtype=config.dtype, param_dtype=config.param_dtype, mesh=self.mesh, rules=self.rules
-        )
+        self.parts = make_parts(config, shape, self.mesh, self.rules)
         for stage in config.stages:  # what they say of weights has to fit this model
             self._optimizer(stage)
         settings = fingerprint(dataclasses.replace(config, model=shape, processor=""))
@@ -244,7 +243,8 @@ class _Run:
             # The place in the data: how many batches of which stage were taken, and how the plan goes on.
             place = {"stage": stage.index, "batches": done - stage.begin, "plan": plan, "mesh": self._mesh_facts()}
             self.folder.publish()
-            store.save(done, {"state": state, "frozen": frozen}, place)
+            stored = self.parts.stored(frozen)
+            store.save(done, {"state": state, "frozen": stored}, place | self.parts.origin(frozen))
             self.timings.start()
 
         compiled, plan, rates = None, "", learning_rates(stage.config)
@@ -409,13 +409,17 @@ class _Run:
         return dataclasses.replace(state, params=learning)
 
     def _initial(self) -> Params:
-        config = self.config
-        source = config.init or (config.model if isinstance(config.model, str) else None)
+        config, source = self.config, self._source
         if source is None:
             self.say(f"no initial weights given: starting from random ones (seed {config.seed})")
             return self.parts.random(config.seed)
         self.say(f"starting from the weights of {source}")
         return self.parts.split(QwenVL.from_pretrained(source, dtype=config.param_dtype, mesh=self.mesh))
+
+    @property
+    def _source(self) -> str | None:
+        """Name or path of the first weights."""
+        return self.config.init or (self.config.model if isinstance(self.config.model, str) else None)
 
     def _restore(self, store: CheckpointStore, place: dict[str, Any]) -> tuple[Params, TrainState]:
         stage = self.stages[place["stage"]]
@@ -426,14 +430,17 @@ class _Run:
         learning = {name: weights[name] for name in self.parts.select(stage.config.trainable)}
         state = jax.eval_shape(lambda learning: self._begun(stage, learning), learning)
         frozen = {name: weight for name, weight in weights.items() if name not in state.params}
-        saved = store.restore({"state": abstract_like(state, self._state_shardings(state)), "frozen": frozen})
-        return saved["frozen"] | saved["state"].params, saved["state"]
+        stored = {"state": abstract_like(state, self._state_shardings(state)), "frozen": self.parts.stored(frozen)}
+        saved = store.restore(stored)
+        frozen = self.parts.made_again(self._initial, place) | saved["frozen"]
+        return frozen | saved["state"].params, saved["state"]
 
     def _export(self, params: Params) -> Path:
         target = self.folder.out / "model"
         # What process 0 sees is what holds: it is the one that writes.
         if self.processes.gather("model", "written" if (target / "config.json").exists() else "")[0] != "written":
-            model = self.parts.merge(params)
+            self.parts.save_adapter(params, self.folder, self._source)
+            model = self.parts.merged(params)
             with self.folder.new_model() as folder:
                 model.save_pretrained(folder)
                 if self.processes.index == 0:

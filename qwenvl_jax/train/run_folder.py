@@ -16,6 +16,7 @@ checkpoints/     by step, see `qwenvl_jax.checkpoint.store`
 report.html      the course of a run that is done, with plots
 profile/         a trace, where `--profile` asks for one
 model/           the trained model in the public layout, when the run is done
+adapter/         what a run with adapters learnt, in PEFT's format
 """
 
 import contextlib
@@ -66,19 +67,19 @@ class RunFolder:
                     (self.out / path.name).write_bytes(path.read_bytes())
 
     @contextlib.contextmanager
-    def new_model(self) -> Iterator[Path]:
-        """Gives a folder to fill, whose content becomes `model` when all went well; its config.json comes last."""
+    def new_model(self, name: str = "model") -> Iterator[Path]:
+        """Gives a folder to fill, whose content becomes `name` when all went well; its config.json comes last."""
         if self.local == self.out:
-            with new_folder(self.local / "model") as folder:
+            with new_folder(self.local / name) as folder:
                 yield folder
             return
-        with tempfile.TemporaryDirectory(dir=self.local) as name:
-            folder = Path(name)
+        with tempfile.TemporaryDirectory(dir=self.local) as making:
+            folder = Path(making)
             yield folder
             if self.writes:
-                (self.out / "model").mkdir(parents=True, exist_ok=True)
-                for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
-                    epath.Path(path).copy(self.out / "model" / path.name, overwrite=True)
+                (self.out / name).mkdir(parents=True, exist_ok=True)
+                for path in sorted(folder.iterdir(), key=lambda path: path.name.endswith("config.json")):
+                    epath.Path(path).copy(self.out / name / path.name, overwrite=True)
 
 
 @contextlib.contextmanager

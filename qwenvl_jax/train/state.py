@@ -5,7 +5,7 @@ From here on weights are a flat dictionary, dotted name to array, and everything
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -90,12 +90,22 @@ class ModelParts:
       config: the shape.
       dtype, param_dtype: of activations and weights.
       mesh, rules: where weights live; see `qwenvl_jax.parallel.rules`.
+      change: makes of the abstract model the one whose weights are meant; see `qwenvl_jax.train.adapters`.
     """
 
-    def __init__(self, config: QwenVLConfig, *, dtype, param_dtype, mesh, rules: Rules = DEFAULT_RULES):
+    def __init__(
+        self,
+        config: QwenVLConfig,
+        *,
+        dtype,
+        param_dtype,
+        mesh,
+        rules: Rules = DEFAULT_RULES,
+        change: Callable[[QwenVL], QwenVL] = lambda model: model,
+    ):
         self.config, self.mesh, self.rules = config, mesh, rules
         self._make = lambda key: QwenVL(config, rngs=nnx.Rngs(params=key), dtype=dtype, param_dtype=param_dtype)
-        self._graph, template = nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
+        self._graph, template = nnx.split(change(nnx.eval_shape(lambda: self._make(jax.random.key(0)))))
         leaves, self._tree = jax.tree.flatten(template)
         variables = nnx.to_flat_state(template)
         self.names = tuple(".".join(str(part) for part in path) for path, _ in variables)
@@ -145,6 +155,25 @@ class ModelParts:
         model = nnx.merge(self._graph, jax.tree.unflatten(self._tree, [params[name] for name in self.names]))
         model.execution = Execution(self.mesh, self.rules)
         return model
+
+    def merged(self, params: Mapping[str, jax.Array]) -> QwenVL:
+        """The model as it is exported."""
+        return self.merge(params)
+
+    def save_adapter(self, params: Mapping[str, jax.Array], folder: Any, base: str | None) -> None:
+        """Writes what was learnt apart from the model into a run's folder: nothing."""
+
+    def stored(self, frozen: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the weights that do not learn in a stage, those that a checkpoint has to hold."""
+        return dict(frozen)
+
+    def origin(self, frozen: Params) -> dict[str, Any]:
+        """What a checkpoint says of the others, in JSON values, so that they are known when they are made again."""
+        return {}
+
+    def made_again(self, initial: Callable[[], Params], origin: Mapping[str, Any]) -> Params:
+        """The weights that a checkpoint does not hold; `initial` makes all those that the run began with."""
+        return {}
 
     def select(self, trainable: str) -> tuple[str, ...]:
         """Names of the weights that `trainable` picks: "all", "mergers", or a regular expression found in the name.
