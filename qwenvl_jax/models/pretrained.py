@@ -21,20 +21,26 @@ from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.ops import low_rank
 from qwenvl_jax.parallel.mesh import single_device_mesh
 from qwenvl_jax.parallel.placement import Execution
-from qwenvl_jax.parallel.rules import param_shardings
+from qwenvl_jax.parallel.rules import DEFAULT_RULES, Rules, param_shardings
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 def load(
-    path: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | None = None, adapter: str | Path | None = None
+    path: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+    adapter: str | Path | None = None,
 ) -> QwenVL:
     """Loads a model from a folder in the public layout or the native one, or a hub id.
 
     Args:
       path: see `qwenvl_jax.checkpoint.folder.resolve`.
       dtype: of parameters and activations: "bfloat16", "float16" or "float32".
-      mesh: the devices to spread the weights over, as `qwenvl_jax.parallel.rules` says; the first device by default.
+      mesh, rules: the devices to spread the weights over, and how; see `qwenvl_jax.parallel.rules`. The first device
+        by default.
       adapter: folder or hub id of a LoRA adapter in PEFT's format, which is added to the weights.
 
     Raises:
@@ -47,7 +53,7 @@ def load(
     graph, state = abstract(model.config, kind)
     table = {entry.path: entry for entry in model.table}
     mesh = mesh or single_device_mesh()
-    shardings = dict(nnx.to_flat_state(param_shardings(state, mesh)))
+    shardings = dict(nnx.to_flat_state(param_shardings(state, mesh, rules)))
     update = None if adapter is None else peft.read(adapter, model.config)
     weights = []
     for key, variable in nnx.to_flat_state(state):
@@ -56,7 +62,7 @@ def load(
             value = _adapted(value, _dotted(key), update)
         weights.append((key, variable.replace(value)))
     loaded = nnx.merge(graph, nnx.from_flat_state(weights))
-    loaded.execution = Execution(mesh)
+    loaded.execution = Execution(mesh, rules)
     return loaded
 
 

@@ -26,7 +26,7 @@ from qwenvl_jax.data.failure import Failure, check_share
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.flops import peak_flops, step_flops
-from qwenvl_jax.models.qwenvl import QwenVL
+from qwenvl_jax.models.pretrained import load
 from qwenvl_jax.parallel.host_memory import keep_freed_memory
 from qwenvl_jax.parallel.placement import Execution, row_share, shard_batch
 from qwenvl_jax.presets import PRESETS
@@ -414,7 +414,7 @@ class _Run:
             self.say(f"no initial weights given: starting from random ones (seed {config.seed})")
             return self.parts.random(config.seed)
         self.say(f"starting from the weights of {source}")
-        return self.parts.split(QwenVL.from_pretrained(source, dtype=config.param_dtype, mesh=self.mesh))
+        return self.parts.split(load(source, dtype=config.param_dtype, mesh=self.mesh, rules=self.rules))
 
     @property
     def _source(self) -> str | None:

@@ -188,3 +188,19 @@ def test_a_damaged_run_folder_is_told(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         train(one_stage(folder, steps=1), tmp_path / "file")
+
+
+@pytest.mark.slow
+def test_first_weights_lie_as_the_run_s_rules_say(folder, tmp_path):
+    """One head of keys on two devices of `tensor`, which the usual rules refuse."""
+    first = train(one_stage(folder, steps=1), tmp_path / "first")
+    config = dataclasses.replace(one_stage(folder, steps=1), init=str(first.model))
+    mesh = {"data": 1, "fsdp": 1, "tensor": 2}
+    with pytest.raises(ConfigError, match=r"axis 'kv_heads' of size 1 cannot be split 2 ways"):
+        train(dataclasses.replace(config, mesh=MeshConfig(**mesh)), tmp_path / "refused")
+    overridden = MeshConfig(**mesh, override=("kv_heads=", "vision_rows="))
+    losses = []
+    for name, place in (("one", config.mesh), ("two", overridden)):
+        result = train(dataclasses.replace(config, mesh=place), tmp_path / name)
+        losses += [line["loss"] for line in read_metrics(result.out / "metrics.jsonl")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
