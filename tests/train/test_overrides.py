@@ -92,8 +92,10 @@ def test_every_setting_is_in_the_fingerprint_but_those_that_change_nothing():
     left_out = set(names - set(fingerprint(CONFIG)))
     of_mesh = {name for name in names if name.startswith("mesh.")}
     assert of_mesh and of_mesh <= left_out  # a run may go on with other devices
-    changing_nothing = {name.rsplit(".", 1)[-1] for name in left_out - of_mesh}
-    assert changing_nothing == RUNTIME_FIELDS | {"source", "root", "checkpoint_every"}
+    judging = {name for name in names if ".validation." in name}
+    assert judging and judging <= left_out  # training is the same with it and without
+    changing_nothing = {name.rsplit(".", 1)[-1] for name in left_out - of_mesh - judging}
+    assert changing_nothing | {"validation"} == RUNTIME_FIELDS | {"source", "root", "checkpoint_every"}
 
 
 def test_configs_that_cannot_be():
