@@ -194,6 +194,14 @@ def test_a_frozen_tower_has_no_backward_pass():
     assert decoder.backward == decoder.forward + attention
 
 
+def test_adapters_have_gradients_go_through_what_they_adapt():
+    """At the attention's last product of each layer: before the first nothing learns, after it all inputs do."""
+    work = Work(tokens=100, text_pairs=5050)
+    cost = step_flops(TINY, work, ["text.layers.attn.o.kernel_lora_a", "text.layers.attn.o.kernel_lora_b"])
+    qkv, o, attention = 2 * 100 * 20 * (6 + 2 + 2) * 10, 2 * 100 * 60 * 20, 4 * 5050 * 60
+    assert cost.backward == cost.forward - 3 * attention - qkv - o + 2 * 2 * attention
+
+
 class Device:
     """What `flops` reads of a device that is not here."""
 

@@ -1,7 +1,6 @@
 """Validation: what a model answers and its loss on data apart, without touching the training."""
 
-import dataclasses
-import json
+import signal
 
 import jax
 import numpy as np
@@ -10,47 +9,25 @@ import pytest
 from qwenvl_jax.data.mixture import MixturePart
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import ConfigError, DataError
-from qwenvl_jax.train.config import TrainConfig, ValidationConfig, fingerprint
+from qwenvl_jax.train.config import TrainConfig
 from qwenvl_jax.train.curriculum import prepare_stages
-from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.metrics import read_metrics
 from qwenvl_jax.train.step import make_loss
 from qwenvl_jax.train.validation import Validation, prepare_validation
+from tests.train.judged import judged_config, write_judged_run
 from tests.train.test_profile import traced
 from tests.train.test_step import ModelParts, single_device_mesh
 from tests.train.test_tracking import scalars
-from tests.train.tiny_run import tiny_config, write_records, write_tiny_run
+from tests.train.tiny_run import command_line, killed, tiny_config
 
 pytestmark = pytest.mark.usefixtures("promotion_as_usual")
 
 
-def record(name: str, question: str, answer: str, **more) -> dict:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"id": name, "messages": messages, **more}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, clip):
-    """The data of a tiny run, and two data sets beside it: clips, and words of which one record has two turns."""
     folder = tmp_path_factory.mktemp("run")
-    write_tiny_run(folder, clip)
-    clips = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()[:2]]
-    write_records(folder / "held-clips.jsonl", clips)
-    two = record("two", "describe", "a red square")
-    two["messages"] += [{"role": "user", "content": "when?"}, {"role": "assistant", "content": "at 3 seconds"}]
-    write_records(
-        folder / "held-words.jsonl", [record(f"w{i}", "what " * i, "a blue circle") for i in range(5)] + [two]
-    )
+    write_judged_run(folder, clip)
     return folder
-
-
-def with_validation(folder, **changes) -> TrainConfig:
-    """One stage of five steps, judged after steps 2, 4 and 5."""
-    parts = tuple(MixturePart(name, str(folder / f"held-{name}.jsonl")) for name in ("clips", "words"))
-    settings = {"data": parts, "every": 2, "batches": 3, "answers": 2, "max_new_tokens": 4} | changes
-    config = tiny_config(folder)
-    stage = dataclasses.replace(config.stages[1], validation=ValidationConfig(**settings))
-    return dataclasses.replace(config, stages=(stage,), checkpoint_every=3)
 
 
 def prepared(config: TrainConfig):
@@ -62,7 +39,7 @@ def prepared(config: TrainConfig):
 def test_loss(folder, tmp_path):
     """That of the records themselves, each once; the words alone, and nothing is asked."""
     words = MixturePart("", str(folder / "held-words.jsonl"))
-    stage, held_out = prepared(with_validation(folder, data=(words,), answers=0))
+    stage, held_out = prepared(judged_config(folder, data=(words,), answers=0))
     ((one,),) = held_out
     assert (one.name, one.batches) == ("data", 1)
     parts = ModelParts(tiny_config(folder).model, dtype="float32", param_dtype="float32", mesh=single_device_mesh())
@@ -79,7 +56,7 @@ def test_loss(folder, tmp_path):
 @pytest.mark.slow
 def test_loss_and_answers(folder, tmp_path, caplog):
     """Against the loss of the records themselves; asked twice, nothing is compiled twice."""
-    config = with_validation(folder)
+    config = judged_config(folder)
     stage, held_out = prepared(config)
     clips, words = held_out[0]
     # Each sample once: two clips in rows of 160 tokens, six short texts in one batch.
@@ -113,29 +90,23 @@ def test_loss_and_answers(folder, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_training_is_not_touched(folder, tmp_path):
-    """Stopped in step 5 and started again: the losses, batches and weights of a run that nobody judged."""
-    config = with_validation(folder)
-    plain = dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], validation=ValidationConfig()),))
-    assert fingerprint(config) == fingerprint(plain)
-    train(plain, tmp_path / "plain")
-
-    def stop(line: dict) -> None:
-        if line["step"] == 4:
-            raise RuntimeError("stopped")
-
-    out = tmp_path / "judged"
-    with pytest.raises(RuntimeError, match="stopped"):
-        train(config, out, on_step=stop)
+def test_training_is_not_touched(folder):
+    """Killed in step 5 and started again: the losses, batches and weights of a run that nobody judged."""
+    plain, out = folder / "plain", folder / "judged"
+    done = command_line("train", folder / "plain.py", "--out", plain)
+    assert done.returncode == 0, done.stderr
+    dead = killed("SIGKILL:step:4", folder / "judged.py", out)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
     assert [line["step"] for line in read_metrics(out / "validation.jsonl")] == [2]
-    config = dataclasses.replace(config, track=("tensorboard",))
-    train(config, out, profile="5-5")
-    for file in ("metrics.jsonl", "model/model.safetensors"):
-        assert (out / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    more = ("--track", "tensorboard", "--profile", "5-5")
+    done = command_line("train", folder / "judged.py", "--out", out, *more)
+    assert done.returncode == 0, done.stderr
+    for file in ("config.json", "metrics.jsonl", "model/model.safetensors"):
+        assert (out / file).read_bytes() == (plain / file).read_bytes()
     found = read_metrics(out / "validation.jsonl")
     assert [line["step"] for line in found] == [2, 4, 5]
     assert found[2]["losses"]["words"] < found[0]["losses"]["words"]
-    assert not read_metrics(tmp_path / "plain" / "validation.jsonl")
+    assert not read_metrics(plain / "validation.jsonl")
     # Asked for by the second process, and level with the first; the trace is of the step asked for.
     assert [step for step, _ in scalars(out / "tensorboard", "loss")] == [1, 2, 3, 4, 5]
     losses = [(step, round(value, 5)) for step, value in scalars(out / "tensorboard", "validation/losses/words")]
@@ -158,10 +129,10 @@ def test_training_is_not_touched(folder, tmp_path):
 )
 def test_settings_that_mean_nothing(folder, changes, told):
     with pytest.raises(ConfigError, match=told):
-        with_validation(folder, **changes)
+        judged_config(folder, **changes)
 
 
 def test_data_that_is_missing_is_told_before_the_first_step(folder):
-    config = with_validation(folder, data=(MixturePart("gone", str(folder / "gone.jsonl")),))
+    config = judged_config(folder, data=(MixturePart("gone", str(folder / "gone.jsonl")),))
     with pytest.raises(DataError, match=r"stage s1, validation: .*gone\.jsonl cannot be read"):
         prepared(config)
