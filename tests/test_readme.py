@@ -1,5 +1,6 @@
 """What the README shows works, and what it lists is what there is."""
 
+import importlib
 import re
 import shlex
 import shutil
@@ -88,17 +89,37 @@ def test_commands_parse(page, monkeypatch):
     assert len(seen) == len(commands)
 
 
-@pytest.mark.slow
-def test_guide_trains(tiny_checkpoint, clip, tmp_path, monkeypatch, optax_promotes):
-    """The guide's record, config and small command, as they stand."""
+@pytest.fixture
+def guide_commands(tiny_checkpoint, clip, tmp_path, monkeypatch):
+    """The guide's training commands by their output, in a folder with its record and config, where its names exist."""
     guide = PAGES["guide.md"]
     (record,), (config,) = _blocks(guide, "json"), _blocks(guide, "python")
-    (command,) = (line for block in _blocks(guide, "bash") for line in block.splitlines() if "runs/try" in line)
     shutil.copytree(tiny_checkpoint, tmp_path / re.search(r'model="([^"]+)"', config)[1])
     shutil.copy(clip, tmp_path / "clip.mp4")
     (tmp_path / "clips.jsonl").write_text(record)
     (tmp_path / "clips.py").write_text(config)
     monkeypatch.chdir(tmp_path)
-    assert cli.main(shlex.split(command)[1:]) == 0
+    lines = [line for block in _blocks(guide, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return {found[1]: shlex.split(line)[1:] for line in lines if (found := re.search(r"train .*--out (\S+)", line))}
+
+
+@pytest.mark.slow
+def test_guide_trains(guide_commands, tmp_path, optax_promotes):
+    """The guide's record, config and small command, as they stand."""
+    assert cli.main(guide_commands["runs/try"]) == 0
     assert len((tmp_path / "runs/try/metrics.jsonl").read_text().splitlines()) == 4
     assert (tmp_path / "runs/try/model/config.json").is_file()
+
+
+@pytest.mark.slow
+def test_guide_trains_adapters(guide_commands, tmp_path, optax_promotes):
+    """Its commands for LoRA and QLoRA, at the size of the small one; and what they wrote is loaded as it says."""
+    small = guide_commands["runs/try"][4:]
+    for out, more in (("runs/lora", []), ("runs/qlora", ["--adapter.tile_size", "4"])):
+        assert cli.main([*guide_commands[out], *small, *more]) == 0
+        assert (tmp_path / out / "adapter/adapter_config.json").is_file()
+        assert (tmp_path / out / "model/config.json").is_file()
+    (example,) = (block for block in _blocks(PAGES["guide.md"], "text") if "adapter=" in block)
+    names = {"qv": importlib.import_module("qwenvl_jax")}
+    exec(compile(example, "guide.md", "exec"), names)
+    assert names["model"].config.model_type == "qwen3_vl"

@@ -270,7 +270,7 @@ class AdaptedParts(ModelParts):
 
         shardings = self.shardings[f"{module}.{_CODES}"], self.shardings[f"{module}.{_SCALES}"]
         work = functools.partial(jax.lax.map, one) if stacked else one
-        return jax.jit(work, out_shardings=shardings, donate_argnums=0)(kernel)
+        return jax.jit(work, out_shardings=shardings)(kernel)
 
     def _check_start(self, path: str, start: peft.Adapter) -> None:
         """Refuses to begin with an adapter of other modules or another rank."""
