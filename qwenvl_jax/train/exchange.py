@@ -58,8 +58,8 @@ class Exchange:
                 now = time.monotonic()
                 record = {
                     "tokens": planned.tokens,
-                    "work": dataclasses.asdict(planned.work),
                     "rows": planned.row_hashes,
+                    "work": dataclasses.asdict(planned.work),
                     "failed": [dataclasses.astuple(failure) for failure in planned.failed],
                     "notes": self._notes,
                     # Seconds: for this batch; of the step before; and of those for the others' batches.
@@ -91,7 +91,7 @@ class Exchange:
         return dataclasses.replace(
             planned,
             tokens=sum(record["tokens"] for record in records),
-            work=Work(**{name: sum(record["work"][name] for record in records) for name in records[0]["work"]}),
             row_hashes=tuple(row for record in records for row in record["rows"]),
             failed=tuple(Failure(*values) for record in records for values in record["failed"]),
+            work=sum((Work(**record["work"]) for record in records), Work()),
         )

@@ -171,7 +171,7 @@ class _Run:
         for stage in config.stages:  # what they say of weights has to fit this model
             self._optimizer(stage)
         settings = fingerprint(dataclasses.replace(config, model=shape, processor=""))
-        run_folder.check(self.out, settings)
+        run_folder.check(folder, settings)
         multiple = Execution(self.mesh, self.rules).split("vision_rows")
         host, hosts = row_share(self.mesh)
         self.exchange = Exchange(processes, host, self.say)
@@ -179,7 +179,7 @@ class _Run:
         self.stages = prepare_stages(config, self.processor, self.say, vision_rows_multiple=multiple, **placed)
         self.held_out = prepare_validation(config, self.stages, self.processor, self.say)
         self.fingerprint = settings | {f"stages.{stage.index}.data.digest": stage.digest for stage in self.stages}
-        run_folder.check(self.out, self.fingerprint)
+        run_folder.check(folder, self.fingerprint)
         processes.check_same(self.fingerprint | {"mesh": repr(config.mesh)})
         run_folder.write_atomically(self.out / "config.json", json.dumps(self.fingerprint, indent=2) + "\n")
 

@@ -48,11 +48,13 @@ class RunFolder:
       out: the folder, as a `Path`, or as an `epath.Path` for a bucket.
       local: a folder on this machine for the small files: `out` itself, or one whose content is uploaded or dropped.
       writes: whether this process writes the run's folder.
+      published: size and time, by name, of what `out` has of `local`.
     """
 
     out: Any
     local: Path
     writes: bool
+    published: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def checkpoints(self):
@@ -62,9 +64,12 @@ class RunFolder:
     def publish(self) -> None:
         """Makes the small files as they are now the ones in `out`."""
         if self.writes and self.local != self.out:
-            for path in self.local.iterdir():
-                if path.is_file() and not path.name.startswith("."):
-                    (self.out / path.name).write_bytes(path.read_bytes())
+            for name in _small_files(self.local):
+                status = (self.local / name).stat()
+                state = (status.st_size, status.st_mtime_ns)
+                if self.published.get(name) != state:
+                    _copy(self.local / name, self.out / name)
+                    self.published[name] = state
 
     @contextlib.contextmanager
     def new_model(self, name: str = "model") -> Iterator[Path]:
@@ -111,14 +116,35 @@ def opened(out, processes: Processes) -> Iterator[RunFolder]:
                     "one on a disk that all processes share, or in a bucket."
                 )
             local = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwenvl-jax-run-")))
-            for path in out.iterdir():
-                if path.suffix in (".json", ".jsonl", ".log") and not path.name.startswith("."):
-                    (local / path.name).write_bytes(path.read_bytes())
+            for name in _small_files(out):
+                # What stands in folders only the process that writes goes on with; traces, nobody.
+                if "/" not in name or (processes.index == 0 and not name.startswith("profile/")):
+                    _copy(out / name, local / name)
             folder = RunFolder(out, local, processes.index == 0)
             stack.callback(folder.publish)
         # Nothing changes before each has its copy.
         processes.gather("opened", "")
         yield folder
+
+
+def _small_files(folder, above: str = "") -> Iterator[str]:
+    """Names of the files of a run, those in folders (of a tracker, say) too, but for checkpoints and the model."""
+    try:
+        paths = list(folder.iterdir())
+    except FileNotFoundError:  # a bucket has no empty folders
+        return
+    for path in paths:
+        if path.name.startswith(".") or path.name in ("checkpoints", "model"):
+            continue
+        if path.is_dir():
+            yield from _small_files(path, f"{above}{path.name}/")
+        else:
+            yield f"{above}{path.name}"
+
+
+def _copy(source, target) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read_bytes())
 
 
 def _make_remote(out) -> None:
@@ -177,7 +203,7 @@ def locked(folder: Path) -> Iterator[None]:
             raise
 
 
-def check(folder: Path, fingerprint: Mapping[str, str]) -> None:
+def check(folder: RunFolder, fingerprint: Mapping[str, str]) -> None:
     """Checks that the run that began in `folder`, if one did, has these settings.
 
     The digests of its data may be missing from `fingerprint`, so that settings can be checked before data is read.
@@ -185,9 +211,9 @@ def check(folder: Path, fingerprint: Mapping[str, str]) -> None:
     Raises:
       ConfigError: it has other settings; names the first that differs.
     """
-    path = folder / "config.json"
+    path = folder.out / "config.json"
     try:
-        found = json.loads(path.read_text())
+        found = json.loads((folder.local / "config.json").read_text())
     except FileNotFoundError:
         return
     except ValueError as error:
@@ -196,7 +222,7 @@ def check(folder: Path, fingerprint: Mapping[str, str]) -> None:
         unread = name.endswith(".digest") and name not in fingerprint
         if fingerprint.get(name) != found.get(name) and not unread:
             raise ConfigError(
-                f"{folder} holds a run with {name}={found.get(name)}, this one has {fingerprint.get(name)}; choose "
+                f"{folder.out} holds a run with {name}={found.get(name)}, this one has {fingerprint.get(name)}; choose "
                 "another output folder, or the old setting."
             )
 

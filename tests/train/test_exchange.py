@@ -7,6 +7,7 @@ import pytest
 
 from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.pipeline import PlannedBatch, batch_hash
+from qwenvl_jax.flops import Work
 from qwenvl_jax.train.exchange import Exchange
 from qwenvl_jax.train.pace import Pace, behind
 from qwenvl_jax.train.processes import Processes
@@ -19,7 +20,8 @@ def parts(index, steps, seconds=0.0, error_at=None):
             raise RuntimeError("no more")
         time.sleep(seconds)
         failed = (Failure(f"sample-{index}", "gone"),) if step == 1 and index != 1 else ()
-        yield PlannedBatch(None, 10 + index, (f"row-{index}-{step}",), failed, "state")
+        work = Work(tokens=10 + index, text_pairs=100 * (1 + index))
+        yield PlannedBatch(None, 10 + index, (f"row-{index}-{step}",), failed, "state", work)
 
 
 def test_one_process_passes_batches_on():
@@ -46,6 +48,7 @@ def test_all_processes_see_the_whole_batch(three):
     found = list(pool.map(work, processes))
     assert found[0] == found[1] == found[2]
     assert [planned.tokens for planned in found[0]] == [21] * 3
+    assert [planned.work for planned in found[0]] == [Work(tokens=21, text_pairs=300)] * 3
     assert [planned.hash for planned in found[0]] == [
         batch_hash([f"row-0-{step}", f"row-1-{step}"]) for step in range(3)
     ]
