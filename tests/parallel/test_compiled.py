@@ -80,10 +80,7 @@ def test_temporaries_do_not_grow_with_the_slice(axis):
 
     small = temporaries("v5e:2x4", fsdp=8)
     large = temporaries("v5e:16x16", **({"data": 32, "fsdp": 8} if axis == "data" else {"fsdp": 256}))
-    # Gradients are split as their weights, so that a larger `fsdp` needs less.
     assert large <= 1.05 * small
-    if axis == "data":
-        assert large >= 0.95 * small
 
 
 @needs_libtpu
