@@ -10,7 +10,7 @@ from qwenvl_jax.cli import main
 from qwenvl_jax.data.mixture import MixturePart
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.train import recipes
-from qwenvl_jax.train.config import PARTS, DataConfig, StageConfig, TrainConfig
+from qwenvl_jax.train.config import PARTS, DataConfig, StageConfig, TrainConfig, ValidationConfig
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.overrides import apply_overrides
 from tools.golden_configs import GOLDEN, ROOT, dump, shipped
@@ -114,6 +114,9 @@ def test_the_data_root_is_the_variable_or_a_setting(monkeypatch):
 def test_a_root_holds_every_kind_of_source():
     items = [{"messages": []}]
     parts = (MixturePart("a", ("b", "/c")), MixturePart("d", items))
+    stage = StageConfig("s", 1, DataConfig(items, root="/r"), validation=ValidationConfig((MixturePart("held", "h"),)))
+    with pytest.raises(DataError, match="1 of 1 data sets are missing: /r/h;"):
+        recipes.check_data(TrainConfig("m", (stage,)))
     assert [part.source for part in DataConfig(mixture=parts, root="r").parts] == [("r/b", "/c"), items]
     assert DataConfig(source="", root="r").parts[0].source == ""
 

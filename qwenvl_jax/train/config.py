@@ -125,10 +125,13 @@ class DataConfig:
     def parts(self) -> tuple[MixturePart, ...]:
         """The mixture, its paths in `root`; that of a single data set is the one part."""
         parts = self.mixture or (MixturePart("", self.source, format=self.format),)
-        return tuple(dataclasses.replace(part, source=self._placed(part.source)) for part in parts)
+        return tuple(map(self.in_root, parts))
+
+    def in_root(self, part: MixturePart) -> MixturePart:
+        """A data set whose relative paths are meant to lie in `root`."""
+        return dataclasses.replace(part, source=self._placed(part.source))
 
     def _placed(self, source):
-        """A path, or several, in `root`; objects as they are."""
         if isinstance(source, tuple | list) and all(isinstance(path, str | os.PathLike) for path in source):
             return tuple(os.path.join(self.root, path) for path in source)
         is_path = isinstance(source, str | os.PathLike) and os.fspath(source)

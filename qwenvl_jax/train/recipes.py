@@ -270,6 +270,6 @@ def check_data(config: TrainConfig) -> None:
 
 
 def _paths(stage: StageConfig) -> Iterable[str]:
-    for part in stage.data.parts:
+    for part in (*stage.data.parts, *map(stage.data.in_root, stage.validation.data)):
         several = part.source if isinstance(part.source, tuple) else (part.source,)
         yield from (os.fspath(path) for path in several if isinstance(path, str | os.PathLike))

@@ -78,11 +78,12 @@ def prepare_validation(
             return misfit(facts, shape)
 
         mixture = reader.read(
-            [part],
+            [data.in_root(part)],
             misfit=misfits,
             max_failed=data.max_failed,
             frame_rates=[rate for rate, _ in data.frame_rates],
             budget=data.video_budget,
+            max_image_tokens=data.max_image_tokens,
             measure_at_most=data.measure_at_most,
             remote_media=data.remote_media,
             say=lambda line: say(f"{stage.config.name}: validation: {line}"),
