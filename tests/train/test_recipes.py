@@ -59,7 +59,8 @@ def root(tmp_path_factory, tiny_checkpoint, clip):
 def test_it_runs(name, root, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.delenv("QWENVL_DATA", raising=False)
     arguments = ["train", str(shipped()[name]), "--model", str(tiny_checkpoint), "--data.root", str(root)]
-    assert main([*arguments, *SMALL, "--out", str(tmp_path)]) == 0
+    adapters = ["--adapter.rank", "4"] if "lora" in name else []
+    assert main([*arguments, *SMALL, *adapters, "--out", str(tmp_path)]) == 0
     lines = read_metrics(tmp_path / "metrics.jsonl")
     stages = ["s0", "s1", "s2", "s3"] if name.endswith("curriculum") else [lines[0]["stage"]]
     assert [line["stage"] for line in lines] == [stage for stage in stages for _ in range(2)]
