@@ -10,7 +10,7 @@ from qwenvl_jax.cli import main
 from qwenvl_jax.data.mixture import MixturePart
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.train import recipes
-from qwenvl_jax.train.config import PARTS, DataConfig, StageConfig, TrainConfig, ValidationConfig
+from qwenvl_jax.train.config import PARTS, DataConfig, StageConfig, TrainConfig, ValidationConfig, flat
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.overrides import apply_overrides
 from tools.golden_configs import GOLDEN, ROOT, dump, shipped
@@ -92,6 +92,18 @@ def test_the_chain_carries_the_optimizer_where_the_same_weights_learn():
     stages = recipes.curriculum()
     assert [stage.carry_optimizer for stage in stages] == [False, False, True, True]
     assert not any(make().carry_optimizer for make in (recipes.s0, recipes.s1, recipes.s2, recipes.s3))
+
+
+@pytest.mark.parametrize("length", ["32k", "256k"])
+def test_lora_is_the_full_run_with_adapters(length):
+    full, lora = (load_config_file(shipped()[f"sft-{kind}_{length}"])[0] for kind in ("full", "lora"))
+    before = dict(flat(full))
+    assert {name for name, value in flat(lora) if before[name] != value} == {
+        "adapter.rank",
+        "adapter.alpha",
+        "stages.0.trainable",
+        "stages.0.optimizer.learning_rate",
+    }
 
 
 def test_commands_in_the_docstrings_are_those_of_the_files():

@@ -10,10 +10,10 @@ from PIL import Image
 from qwenvl_jax.cli import main
 from qwenvl_jax.train.metrics import read_metrics
 from qwenvl_jax.train.recipes import MODALITIES
-from tests.train.tiny_run import write_records
+from tests.train.tiny_run import command_line, write_records
 from tools.golden_configs import shipped
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("promotion_as_usual")]
+pytestmark = pytest.mark.slow
 
 SMALL = (
     *("--steps", "2", "--batch.rows", "2", "--batch.groups", "1", "--batch.length", "320"),
@@ -59,7 +59,9 @@ def root(tmp_path_factory, tiny_checkpoint, clip):
 def test_it_runs(name, root, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.delenv("QWENVL_DATA", raising=False)
     arguments = ["train", str(shipped()[name]), "--model", str(tiny_checkpoint), "--data.root", str(root)]
-    assert main([*arguments, *SMALL, "--out", str(tmp_path)]) == 0
+    adapters = ["--adapter.rank", "4"] if "lora" in name else []
+    done = command_line(*arguments, *SMALL, *adapters, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "metrics.jsonl")
     stages = ["s0", "s1", "s2", "s3"] if name.endswith("curriculum") else [lines[0]["stage"]]
     assert [line["stage"] for line in lines] == [stage for stage in stages for _ in range(2)]
