@@ -14,7 +14,7 @@ steps of the stage have been, with it. All of it follows from the settings; what
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +131,17 @@ def _of_experts(sums: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The whole lines of a `metrics.jsonl` or another file of steps; a half-written last line is left out."""
-    lines = []
+    return list(each_line(path))
+
+
+def each_line(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The same one after the other, as long as the run may be."""
     with Path(path).open("rb") as file:
         for text in file:
             line = _parsed(text)
             if line is None:
-                break
-            lines.append(line)
-    return lines
+                return
+            yield line
 
 
 def length_of(path: Path, done: int) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from qwenvl_jax.flops import Work, utilization
-from qwenvl_jax.train.metrics import length_of, read_metrics
+from qwenvl_jax.train.metrics import each_line, length_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TimingLog:
         self._file = self.path.open("ab")
         self._file.truncate(length_of(self.path, done))
         self._started, self._devices = started, devices
-        self._useful = sum(line["seconds"] - line["wait"] for line in read_metrics(self.path) if "seconds" in line)
+        self._useful = sum(line["seconds"] - line["wait"] for line in each_line(self.path) if "seconds" in line)
         self._last, self._wait = time.monotonic(), 0.0
         self._running: collections.deque[tuple[int, Work, float]] = collections.deque()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.train.metrics import read_metrics
+from qwenvl_jax.train.metrics import each_line
 
 Tracker = Literal["tensorboard", "wandb"]
 # What each needs, and the extra of this package that brings it.
@@ -132,7 +132,7 @@ def _lines(out: Path, last: Mapping[str, int]) -> Iterator[tuple[str, int, dict[
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for kind, files in _STEPS.items():
         for file in files:
-            for line in read_metrics(out / file) if (out / file).exists() else ():
+            for line in each_line(out / file) if (out / file).exists() else ():
                 if line["step"] > last.get(kind, 0):
                     found.setdefault((line["step"], kind), {}).update(line)
     for (step, kind), line in sorted(found.items()):
