@@ -9,6 +9,7 @@ qwix. It does not reach weights inside of a scanned stack, so one layer of a pro
 that adds gets the layers' axis back.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -32,7 +33,7 @@ from qwenvl_jax.models.moe import Experts
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.ops import low_rank
 from qwenvl_jax.parallel.placement import Execution
-from qwenvl_jax.parallel.rules import DEFAULT_RULES, Rules
+from qwenvl_jax.parallel.rules import DEFAULT_RULES, Rules, partition_spec
 from qwenvl_jax.train.config import AdapterConfig, TrainConfig
 from qwenvl_jax.train.run_folder import RunFolder
 from qwenvl_jax.train.state import ModelParts, Params
@@ -40,6 +41,8 @@ from qwenvl_jax.train.state import ModelParts, Params
 A, B = "kernel_lora_a", "kernel_lora_b"  # the names that qwix gives
 _CODES, _SCALES = "kernel.array.qvalue", "kernel.array.scale"
 _TYPES: Mapping[str, Any] = {"nf4": "nf4", "int8": jnp.int8, "int4": jnp.int4}
+# Codes of four bits lie two in a byte: programs of JAX 0.10 compiled ahead of time take no arrays of smaller types.
+_HALF_BYTES: Mapping[str, Any] = {"nf4": jnp.uint4, "int4": jnp.int4}
 
 
 class _Provider(qwix.LoraProvider):
@@ -102,6 +105,8 @@ class AdaptedParts(ModelParts):
         self.base = ModelParts(config, **make)
         super().__init__(config, change=functools.partial(_adapted_model, adapter, Execution(mesh, rules)), **make)
         self.adapter, self._seed = adapter, seed
+        for name in [name for name in self.names if name.endswith(f".{_CODES}") and adapter.quantize in _HALF_BYTES]:
+            self._pack(name)
         self._dtype = jnp.dtype(dtype)
         self.modules = tuple(name.removesuffix(f".{A}") for name in self.names if name.endswith(f".{A}"))
         self.saved = _saved_names(adapter, self.names, self.modules)
@@ -111,6 +116,27 @@ class AdaptedParts(ModelParts):
         if adapter.start:
             self._start = peft.read(adapter.start, config)
             self._check_start(adapter.start, self._start)
+
+    def _pack(self, name: str) -> None:
+        """Describes codes as they are stored, two in a byte along the last axis."""
+        info = self.weights[name]
+        *lead, last = info.shape
+        if last % 2:
+            raise ConfigError(
+                f"adapter.quantize={self.adapter.quantize}: {name} has {last} values in a row, an odd number; "
+                "leave its module out of adapter.targets."
+            )
+        info = dataclasses.replace(info, shape=(*lead, last // 2), dtype=jnp.dtype(jnp.uint8))
+        self.weights[name] = info
+        spec = partition_spec(name, info.shape, info.axes, self.mesh, self.rules)
+        self.shardings[name] = NamedSharding(self.mesh, spec)
+
+    def _unpacked(self, codes):
+        """Codes as qwix takes them."""
+        kind = _HALF_BYTES.get(self.adapter.quantize)
+        if kind is None:
+            return codes
+        return jax.lax.bitcast_convert_type(codes, kind).reshape(*codes.shape[:-1], -1)
 
     @property
     def scale(self) -> float:
@@ -136,7 +162,8 @@ class AdaptedParts(ModelParts):
     def merge(self, params: Mapping[str, jax.Array]) -> QwenVL:
         """The model with adapters beside its kernels, in the dtype of the activations."""
         halves = {name: params[name].astype(self._dtype) for name in params if name.endswith((A, B))}
-        return super().merge({**params, **halves})
+        codes = {name: self._unpacked(params[name]) for name in params if name.endswith(f".{_CODES}")}
+        return super().merge({**params, **halves, **codes})
 
     def merged(self, params: Mapping[str, jax.Array]) -> QwenVL:
         """The model without adapters: their updates are in the kernels.
@@ -161,7 +188,7 @@ class AdaptedParts(ModelParts):
 
     def _dequantized(self, codes, scales):
         """The kernel that codes and scales mean, in the dtype of the scales."""
-        return qwix.dequantize(qwix.QArray(codes, scales, qtype=_TYPES[self.adapter.quantize]))
+        return qwix.dequantize(qwix.QArray(self._unpacked(codes), scales, qtype=_TYPES[self.adapter.quantize]))
 
     def stored(self, frozen: Mapping[str, Any]) -> dict[str, Any]:
         """Of what is frozen in a stage, what learnt in another; the base is read and quantized again."""
@@ -266,7 +293,10 @@ class AdaptedParts(ModelParts):
                 channelwise_axes=tuple(outputs),
                 tiled_axes=_tiles(info.inputs, self.adapter.tile_size),
             )
-            return array.qvalue, array.scale
+            codes = array.qvalue
+            if self.adapter.quantize in _HALF_BYTES:
+                codes = jax.lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, 2), jnp.uint8)
+            return codes, array.scale
 
         shardings = self.shardings[f"{module}.{_CODES}"], self.shardings[f"{module}.{_SCALES}"]
         work = functools.partial(jax.lax.map, one) if stacked else one

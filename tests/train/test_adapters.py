@@ -100,7 +100,7 @@ def test_loss_and_gradients_are_those_of_kernels_written_out(generation, quantiz
     assert len(names) == 2 * len(parts.modules) > 7
     placed = {name: jax.device_put(value, parts.shardings[name]) for name, value in params.items()}
     frozen = {name: value for name, value in placed.items() if name not in names}
-    assert all(value.dtype != jnp.uint4 for value in frozen.values()) == (quantize == "none")
+    assert all(value.dtype != jnp.uint8 for value in frozen.values()) == (quantize == "none")
 
     def ours(learning, frozen, batch):
         return make_loss(parts, stage)(learning | frozen, batch)
