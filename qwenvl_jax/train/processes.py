@@ -201,7 +201,8 @@ class Processes:
         except BaseException as error:
             status, told = _told(error)
             if status == 1:
-                traceback.print_exc()
+                with contextlib.suppress(OSError):  # as below
+                    traceback.print_exc()
                 told += "; start the processes again, the run continues from its latest checkpoint"
             line = f"process {self.index}: {told}"
             with contextlib.suppress(Exception):
@@ -213,8 +214,9 @@ class Processes:
         self._exit(status, line)
 
     def _exit(self, status: int, line: str) -> None:
-        print(f"qwenvl-jax: error: {line}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # whoever read it may be gone, and the process must end all the same
+            print(f"qwenvl-jax: error: {line}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
         if self.index == 0:
             time.sleep(_READING_SECONDS)
         # Not by way of the interpreter's end, which waits for the other processes.
