@@ -22,10 +22,13 @@ def few_layers(name: str, layers: int = 2):
     """A public model with its widths and few layers."""
     config = PRESETS[name]
     taps = tuple(range(min(len(config.vision.deepstack_visual_indexes), layers)))
+    full = (layers - 1,) if config.vision.fullatt_block_indexes else ()
     return dataclasses.replace(
         config,
         text=dataclasses.replace(config.text, num_hidden_layers=layers, vocab_size=4096),
-        vision=dataclasses.replace(config.vision, depth=layers, deepstack_visual_indexes=taps),
+        vision=dataclasses.replace(
+            config.vision, depth=layers, deepstack_visual_indexes=taps, fullatt_block_indexes=full
+        ),
     )
 
 
@@ -90,7 +93,7 @@ def test_temporaries_do_not_grow_with_the_slice(axis):
     [
         ("qwen2_vl_2b", {"fsdp": 8}, {}),
         ("qwen2_5_vl_3b", {"fsdp": 4, "tensor": 2}, {}),
-        ("qwen3_vl_4b", {"fsdp": 2, "context": 2, "tensor": 2}, {"length": 4096}),
+        ("qwen3_vl_4b", {"fsdp": 2, "context": 2, "tensor": 2}, {"length": 4096, "vision": ((4, 512),)}),
         ("qwen3_vl_30b_a3b", {"fsdp": 2, "expert": 4}, {}),
     ],
 )

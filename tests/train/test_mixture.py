@@ -15,6 +15,8 @@ from qwenvl_jax.train.metrics import read_metrics
 from tests.data.host import loader_of
 from tests.data.mixed import mixed_config
 
+pytestmark = pytest.mark.usefixtures("promotion_as_usual")
+
 STEPS = 3
 
 
