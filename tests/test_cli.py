@@ -100,8 +100,8 @@ def test_a_defect_shows_its_traceback(monkeypatch, error):
 def test_train_passes_on_what_it_is_given(monkeypatch, capsys):
     seen = {}
 
-    def work(config, overrides, *, model, out):
-        seen.update(config=config, overrides=overrides, model=model, out=out)
+    def work(config, overrides, *, model, out, profile):
+        seen.update(config=config, overrides=overrides, model=model, out=out, profile=profile)
         return loop.RunResult(out, 3, 3, "the/model")
 
     monkeypatch.setattr(loop, "train_command", work)
@@ -118,6 +118,8 @@ def test_train_passes_on_what_it_is_given(monkeypatch, capsys):
         "--b",
         "1",
         "-2",
+        "--profile",
+        "3-5",
     ]
     assert cli.main(arguments) == 0
     assert seen == {
@@ -125,6 +127,7 @@ def test_train_passes_on_what_it_is_given(monkeypatch, capsys):
         "overrides": ["--seed", "3", "--stages.s1.steps=20", "--b", "1", "-2"],
         "model": "qwen3_vl_2b",
         "out": "runs/x",
+        "profile": "3-5",
     }
     assert "the/model" in capsys.readouterr().out
 

@@ -25,8 +25,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Before JAX is imported: one device, and programs that run for seconds are not worth optimizing.
-os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_backend_optimization_level=0")
 LIMIT_SECONDS = 300.0  # of a life
 KINDS = ("any moment", "inside a save", "workers alive")
 
@@ -39,6 +37,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60, help="of each run")
     parser.add_argument("--out", type=Path, default=None, help="folder of the runs; by default one that is removed")
     options = parser.parse_args()
+    # Before JAX is imported: one device, and programs that run for seconds are not worth optimizing.
+    os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_backend_optimization_level=0")
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
