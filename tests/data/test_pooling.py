@@ -245,9 +245,16 @@ def test_a_shape_that_no_cap_can_hold(processors, tmp_path):
 
 def test_rather_fewer_frames_than_smaller_ones(processors, mp4):
     """`min_frame_tokens` counts tokens after pooling, as the caps do."""
-    part = video(mp4, max_video_tokens=24, min_frame_tokens=12, pool=2)
-    ((t, h, w),) = processors["qwen3_vl"].measure(ask(part)).grids
-    assert t == 2 and -(-h // 4) * -(-w // 4) <= 12
+
+    def measured(**options):
+        ((t, h, w),) = processors["qwen3_vl"].measure(ask(video(mp4, pool=2, **options))).grids
+        return t, -(-h // 4) * -(-w // 4)
+
+    frames, natural = measured()
+    cap = frames * natural // 2
+    # Smaller frames where they may be, half as many where they may not.
+    assert measured(max_video_tokens=cap, min_frame_tokens=1)[0] == frames
+    assert measured(max_video_tokens=cap, min_frame_tokens=natural) == (frames // 2, natural)
 
 
 # Batches
