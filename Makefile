@@ -36,8 +36,11 @@ demo: .venv/.installed
 test: .venv/.installed-test lint
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup
 
+# Programs are optimized here as they are for users; `make test` goes without, see tests/conftest.py.
+OPTIMIZED := XLA_FLAGS=--xla_backend_optimization_level=3
+
 check: .venv/.installed-tpu lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(OPTIMIZED) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 	@$(MAKE) --no-print-directory check-312
 
 # Python 3.12 and the newest JAX within the bounds, without the reference: torch may be a build of several GB there.
@@ -53,7 +56,7 @@ check-312:
 	    .venv312/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[test]'; \
 	    touch .venv312/.installed-test; \
 	  fi; \
-	  .venv312/bin/python -m pytest -n $(JOBS) --dist loadgroup; \
+	  $(OPTIMIZED) .venv312/bin/python -m pytest -n $(JOBS) --dist loadgroup; \
 	fi
 
 lint: .venv/.installed-test

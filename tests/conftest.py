@@ -1,12 +1,16 @@
-"""How the tests run: on the CPU, seen as eight devices, with JAX strict about dtypes and ranks."""
+"""How the tests run: on the CPU, seen as eight devices, with JAX strict about dtypes and ranks.
+
+Programs are compiled without LLVM's optimizations, which take longer than running them a few times saves; `make check`
+compiles them as users do.
+"""
 
 import os
 
 # Before JAX is imported, here and in the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_DEVICES = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+for _flag, _value in (("xla_force_host_platform_device_count", 8), ("xla_backend_optimization_level", 0)):
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
 # A name that looks like a hub id must fail at once, not after a wait for a hub that no test needs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -48,6 +48,7 @@ def test_steps_beyond_a_bound_are_left_out_and_named(folder, tmp_path):
     assert set(told[0].split("its samples: ")[1].split(", ")) <= places
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_end_the_run(folder, tmp_path):
     """NaN in the first weights: no step can be taken, and after three the run says so."""
     config = config_with(folder, GuardConfig(abort_after=2), checkpoint_every=1)

@@ -10,6 +10,8 @@ from qwenvl_jax.train.loop import train_command
 from qwenvl_jax.train.metrics import read_metrics
 from tests.train.tiny_run import command_line, killed, write_tiny_run
 
+pytestmark = pytest.mark.xdist_group("resume")  # one undisturbed run for all
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, clip):
