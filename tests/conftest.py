@@ -8,7 +8,12 @@ import os
 
 # Before JAX is imported, here and in the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for _flag, _value in (("xla_force_host_platform_device_count", 8), ("xla_backend_optimization_level", 0)):
+for _flag, _value in (
+    ("xla_force_host_platform_device_count", 8),
+    ("xla_backend_optimization_level", 0),
+    # Eight devices on few cores wait for one another; XLA ends the process after 40 seconds otherwise.
+    ("xla_cpu_collective_call_terminate_timeout_seconds", 600),
+):
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
 # A name that looks like a hub id must fail at once, not after a wait for a hub that no test needs.
