@@ -3,14 +3,29 @@
 import jax
 import jax.numpy as jnp
 
+from qwenvl_jax.errors import ConfigError
+
 # Queries are taken in at most this many blocks, each against the keys it can see: a causal row then costs little more
 # than the half that counts, and scores are never held for all queries at once.
 _MAX_BLOCKS = 8
 _MIN_BLOCK = 128
 
+# cuDNN is handed a mask for each block: as many blocks as keep one below this. Where all of a row take more together,
+# none is kept for the gradients.
+_MASK_BYTES = 2**30
+
 
 def attention(
-    q_BTNE, k_BSKE, v_BSKE, *, q_segments_BT, kv_segments_BS, causal: bool, span: int | None = None, first=None
+    q_BTNE,
+    k_BSKE,
+    v_BSKE,
+    *,
+    q_segments_BT,
+    kv_segments_BS,
+    causal: bool,
+    span: int | None = None,
+    first=None,
+    cudnn: bool = False,
 ):
     """Scaled dot-product attention within segments.
 
@@ -34,18 +49,29 @@ def attention(
         with the keys near it alone, so that cost grows with T and not with its square. Not with `causal`; T == S.
       first: i32[], the slot of the first query among the keys; 0 without it. Only with `causal`. Keys after the last
         query are then compared and masked, since where it stands is known to the device alone.
+      cudnn: whether cuDNN's kernel compares each block of queries with its keys; for an NVIDIA GPU and 16-bit values.
 
     Returns:
       [B, T, N, E] in the dtype of the queries.
+
+    Raises:
+      ConfigError: cuDNN's kernel does not take values of this dtype.
     """
     B, T, N, E = q_BTNE.shape
     S, K = k_BSKE.shape[1:3]
+    if cudnn and q_BTNE.dtype.itemsize != 2:
+        raise ConfigError(
+            f"attention='cudnn' takes 16-bit values and got {q_BTNE.dtype}; set dtype=bfloat16 or attention=plain."
+        )
     if span is not None and 3 * span < T:
-        return _near(q_BTNE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, span)
+        return _near(q_BTNE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, span, cudnn)
+    block = max(_MIN_BLOCK, -(-T // _MAX_BLOCKS))
+    if cudnn:
+        block = max(_MIN_BLOCK, min(block, _MASK_BYTES // (2 * B * S)))
+        attend = _attend_by_cudnn if 2 * B * T * S <= _MASK_BYTES else jax.checkpoint(_attend_by_cudnn)
     # Heads lead, so that both products are plain batched matrix products: [queries, E] x [E, keys] for each head.
     q_BKNTE = q_BTNE.reshape(B, T, K, N // K, E).transpose(0, 2, 3, 1, 4)
     k_BKES, v_BKSE = k_BSKE.transpose(0, 2, 3, 1), v_BSKE.transpose(0, 2, 1, 3)
-    block = max(_MIN_BLOCK, -(-T // _MAX_BLOCKS))
     outputs = []
     for start in range(0, T, block):
         stop = min(start + block, T)
@@ -54,9 +80,13 @@ def attention(
         if causal:
             slots_T, slots_S = jnp.arange(start, stop)[:, None], jnp.arange(seen)[None, :]
             allowed_BTS &= (slots_T + (0 if first is None else first) >= slots_S)[None]
-        outputs.append(
-            _attend(q_BKNTE[:, :, :, start:stop], k_BKES[..., :seen], v_BKSE[:, :, :seen], allowed_BTS[:, None, None])
-        )
+        if cudnn:
+            outputs.append(attend(q_BTNE[:, start:stop], k_BSKE[:, :seen], v_BSKE[:, :seen], allowed_BTS))
+        else:
+            q, k, v = q_BKNTE[:, :, :, start:stop], k_BKES[..., :seen], v_BKSE[:, :, :seen]
+            outputs.append(_attend(q, k, v, allowed_BTS[:, None, None]))
+    if cudnn:
+        return jnp.concatenate(outputs, axis=1)
     return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, E)
 
 
@@ -72,7 +102,23 @@ def _attend(q_BKNTE, k_BKES, v_BKSE, allowed_B11TS):
     return jax.lax.dot_general(weights, v_BKSE, (((3,), (2,)), heads)).reshape(B, K, N, T, E)
 
 
-def _near(q_BTNE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, span: int):
+def _attend_by_cudnn(q_BTNE, k_BSKE, v_BSKE, allowed_BTS):
+    """Every query against every key, by JAX's own call of cuDNN: [B, T, N, E].
+
+    The kernel knows no segments, but for offsets that JAX has for itself alone, and is told by masks what to hide.
+    """
+    T = q_BTNE.shape[1]
+
+    def even(x, *axes: int):
+        """Training wants even numbers of queries and keys; what fills them up is hidden."""
+        return jnp.pad(x, [(0, x.shape[axis] % 2 if axis in axes else 0) for axis in range(x.ndim)])
+
+    q, k, v = even(q_BTNE, 1), even(k_BSKE, 1), even(v_BSKE, 1)
+    mask = even(allowed_BTS, 1, 2)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :T]
+
+
+def _near(q_BTNE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, span: int, cudnn: bool):
     """Attention where segments are at most `span` slots long: blocks of `span` queries, each against three of keys.
 
     keys     0 1 2 3 4       a segment that has a slot in block i lies within blocks i - 1 to i + 1
@@ -102,5 +148,6 @@ def _near(q_BTNE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, span: int):
         # Blocks that are not there belong to no segment, not even to padding.
         kv_segments_BS=with_neighbours(kv_segments_BS, -1),
         causal=False,
+        cudnn=cudnn,
     )
     return y.reshape(B, count * span, N, E)[:, :T]

@@ -26,13 +26,16 @@ def text_attention(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
     """
     if execution.balanced:
         return _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution)
-    if execution.backend == "splash":
+    if execution.backend != "plain":
         queries = execution.fitting_spec(q_BTNE.shape, "batch", None, "heads", None)
         keys = execution.fitting_spec(k_BTKE.shape, "batch", None, "kv_heads", None)
         segments = execution.fitting_spec(segments_BT.shape, "batch", None)
 
         def rows(q, k, v, s):
             k, v = _own_heads(k, v, q, q_BTNE, execution)
+            if execution.backend == "cudnn":
+                y = attention(q, k, v, q_segments_BT=s, kv_segments_BS=s, causal=True, cudnn=True)
+                return checkpoint_name(y, ATTENTION)
             return splash_attention(q, k, v, s, causal=True, interpret=execution.platform != "tpu")
 
         run = execution.map(rows, (queries, keys, keys, segments), queries)
@@ -49,19 +52,24 @@ def vision_attention(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL, execution: Executi
       span: see `qwenvl_jax.ops.attention.attention`.
     """
 
-    def group(q, k, v, s):
-        return attention(q, k, v, q_segments_BT=s, kv_segments_BS=s, causal=False, span=span)
+    cudnn = execution.backend == "cudnn"
 
-    def kernel(q, k, v, s):
-        flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v, s))
-        y = splash_attention(*flat, causal=False, interpret=execution.platform != "tpu")
-        return y.reshape(q.shape)
+    def plain(q, k, v, s):
+        own = {"q_segments_BT": s, "kv_segments_BS": s}
+        return attention(q, k, v, **own, causal=False, span=span, cudnn=cudnn)
 
-    # The kernel knows no spans; windows are far shorter than its blocks.
-    if execution.backend == "splash" and (span is None or 3 * span >= q_GRLNE.shape[2]):
+    def flat(q, k, v, s):
+        """Kernels take the rows of a device's groups as one batch."""
+        rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v, s))
+        if cudnn:
+            return checkpoint_name(plain(*rows).reshape(q.shape), ATTENTION)
+        return splash_attention(*rows, causal=False, interpret=execution.platform != "tpu").reshape(q.shape)
+
+    # Splash knows no spans; windows are far shorter than its blocks.
+    if cudnn or (execution.backend == "splash" and (span is None or 3 * span >= q_GRLNE.shape[2])):
         spec = execution.fitting_spec(q_GRLNE.shape, "groups", "vision_rows")
-        return execution.map(kernel, (spec,) * 4, spec)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL)
-    return checkpoint_name(jax.vmap(group)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL), ATTENTION)
+        return execution.map(flat, (spec,) * 4, spec)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL)
+    return checkpoint_name(jax.vmap(plain)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL), ATTENTION)
 
 
 def _own_heads(k, v, q, all_q, execution: Execution):
@@ -94,7 +102,7 @@ def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
         parts = []
         for half, place in enumerate((device, 2 * devices - 1 - device)):
             mine = slice(half * chunk, (half + 1) * chunk)
-            own = {"q_segments_BT": s[:, mine], "kv_segments_BS": all_s}
+            own = {"q_segments_BT": s[:, mine], "kv_segments_BS": all_s, "cudnn": execution.backend == "cudnn"}
             parts.append(attention(q[:, mine], k, v, **own, causal=True, first=place * chunk))
         return checkpoint_name(jnp.concatenate(parts, axis=1), ATTENTION)
 

@@ -17,7 +17,7 @@ from qwenvl_jax.parallel.mesh import single_device_mesh
 from qwenvl_jax.parallel.rules import BATCH_AXES, DEFAULT_RULES, Rules, mesh_axes
 
 Remat = Literal["none", "full", "attention", "products", "offload"]
-Backend = Literal["auto", "plain", "splash"]
+Backend = Literal["auto", "plain", "splash", "cudnn"]
 
 # Names that layers give, by `jax.ad_checkpoint.checkpoint_name`, to what a policy may keep.
 LAYER_INPUT, ATTENTION = "layer_input", "attention"
@@ -37,7 +37,8 @@ class Execution:
       unroll: write layers out one after another in place of looping over them. A loop copies what the backward pass
         needs into stacked buffers and back; small models on CPU train half again as fast without it, large ones compile
         for long.
-      attention: "plain" (XLA), "splash" (Pallas, TPU), or "auto", by the mesh's platform.
+      attention: "plain" (XLA), "splash" (Pallas, TPU), "cudnn" (NVIDIA, for 16-bit values), or "auto": splash on
+        TPU and plain elsewhere.
       balanced: whether the token slots of the rows stand in the order of `qwenvl_jax.parallel.context`.
     """
 
@@ -69,7 +70,7 @@ class Execution:
 
     @property
     def backend(self) -> str:
-        """The attention that is used: "plain" or "splash"."""
+        """The attention that is used: "plain", "splash" or "cudnn"."""
         if self.attention != "auto":
             return self.attention
         return "splash" if self.platform == "tpu" else "plain"

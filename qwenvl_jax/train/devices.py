@@ -21,7 +21,8 @@ def mesh_of(config: TrainConfig, devices: list[jax.Device] | None = None) -> tup
       devices: those to use; all by default.
 
     Raises:
-      ConfigError: sizes that the devices do not have, unknown rules, or batches that the mesh does not divide.
+      ConfigError: sizes that the devices do not have, unknown rules, batches that the mesh does not divide, or an
+        attention of other devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
@@ -34,6 +35,11 @@ def mesh_of(config: TrainConfig, devices: list[jax.Device] | None = None) -> tup
     execution = Execution(mesh, rules)
     for stage in config.stages:
         _check_batch(stage, execution)
+        if stage.attention == "cudnn" and (execution.platform != "gpu" or config.dtype == "float32"):
+            raise ConfigError(
+                f"stage {stage.name}: attention=cudnn wants an NVIDIA GPU and dtype=bfloat16, and this run has "
+                f"{execution.platform} and dtype={config.dtype}; set attention=auto."
+            )
     return mesh, rules
 
 

@@ -1,10 +1,14 @@
 """Attention against the sums written out, head by head and slot by slot."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.ops import attention as attention_module
 from qwenvl_jax.ops.attention import attention
 
 
@@ -92,3 +96,67 @@ def test_short_segments_cost_in_proportion_to_the_row():
 
     assert flops(4096, 64) < 4.2 * flops(1024, 64)
     assert flops(4096, None) > 12 * flops(1024, None)
+
+
+def through_xla(monkeypatch):
+    """Has JAX's call of cuDNN run elsewhere: the same call, given to XLA."""
+    call = jax.nn.dot_product_attention
+
+    def given_to_xla(*arguments, implementation, **keywords):
+        assert implementation == "cudnn"
+        return call(*arguments, implementation="xla", **keywords)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", given_to_xla)
+
+
+# Masks that are kept for the gradients, and too large ones.
+@pytest.mark.parametrize("mask_bytes", [2**30, 2**17])
+@pytest.mark.parametrize(
+    ("T", "causal", "span"), [(301, True, None), (301, False, None), (131, False, 8), (7, True, None)]
+)
+def test_what_cudnn_is_asked_for(monkeypatch, T, causal, span, mask_bytes):
+    """Odd numbers of queries and keys, several blocks, padding, grouped queries: outputs and gradients."""
+    through_xla(monkeypatch)
+    monkeypatch.setattr(attention_module, "_MASK_BYTES", mask_bytes)
+    there = T - 3
+    segments = np.append(1 + np.arange(there) // (span or 110), [0, 0, 0]).astype(np.int32)[None].repeat(2, axis=0)
+    q, k, v = (jnp.asarray(random((2, T, n, 8), n), jnp.bfloat16) for n in (6, 3, 3))
+
+    def outcome(dtype, cudnn):
+        def summed(*qkv):
+            own = {"q_segments_BT": segments, "kv_segments_BS": segments}
+            y = attention(*(x.astype(dtype) for x in qkv), **own, causal=causal, span=span, cudnn=cudnn)[:, :there]
+            return jnp.sum(y.astype(jnp.float32) ** 2), y
+
+        with jax.numpy_dtype_promotion("standard"):  # as JAX's own attention wants
+            (_, y), gradients = jax.value_and_grad(summed, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+        return y, *gradients
+
+    for got, wanted in zip(outcome(jnp.bfloat16, True), outcome(jnp.float32, False), strict=True):
+        got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
+        np.testing.assert_allclose(got, wanted, atol=0.02 * np.abs(wanted).max())
+
+
+def test_cudnn_is_called_with_even_numbers_and_of_16_bits(monkeypatch):
+    """Lowered for CUDA, which needs no GPU but JAX's knowing a version of cuDNN."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "cuda_versions", types.SimpleNamespace(cudnn_get_version=lambda: 91000))
+
+    def run(dtype):
+        q, k = (jax.ShapeDtypeStruct((2, 301, heads, 64), dtype) for heads in (4, 2))
+        s = jax.ShapeDtypeStruct((2, 301), jnp.int32)
+
+        def summed(q, k, v, s):
+            return (
+                attention(q, k, v, q_segments_BT=s, kv_segments_BS=s, causal=True, cudnn=True).astype(jnp.float32).sum()
+            )
+
+        traced = jax.jit(jax.grad(summed, argnums=(0, 1, 2))).trace(q, k, k, s)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    program = run(jnp.bfloat16)
+    for kind in ("fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"):
+        assert program.count(f"custom_call @__cudnn${kind}(") == 3
+    with pytest.raises(ConfigError, match="takes 16-bit values and got float32; set dtype=bfloat16"):
+        run(jnp.float32)

@@ -67,7 +67,12 @@ def abstract_batch(config: QwenVLConfig, execution: Execution, *, rows: int, len
     return jax.tree_util.tree_map_with_path(placed, batch)
 
 
-def compile_step(
+def compile_step(config: QwenVLConfig, mesh: Mesh, **settings):
+    """The compiled step of a stage on a mesh, from shapes alone; settings as of `trace_step`."""
+    return trace_step(config, mesh, **settings).lower().compile()
+
+
+def trace_step(
     config: QwenVLConfig,
     mesh: Mesh,
     *,
@@ -78,7 +83,7 @@ def compile_step(
     length: int = 1024,
     vision=((2, 512),),
 ):
-    """The compiled step of a stage on a mesh, from shapes alone."""
+    """The traced step of a stage on a mesh, from shapes alone."""
     stage = stage or StageConfig(name="s", steps=10, remat="full")
     parts = ModelParts(config, dtype=dtype, param_dtype="float32", mesh=mesh, rules=make_rules(rules))
     batch = abstract_batch(config, Execution(mesh, parts.rules), rows=rows, length=length, vision=vision)
@@ -105,7 +110,7 @@ def compile_step(
         state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(begin, learning))
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = jax.jit(make_step(parts, stage, optimizer), donate_argnums=0, out_shardings=(shardings, whole))
-        return step.lower(state, frozen, batch).compile()
+        return step.trace(state, frozen, batch)
 
 
 @dataclasses.dataclass(frozen=True)

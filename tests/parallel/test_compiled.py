@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import types
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from qwenvl_jax.parallel.mesh import make_mesh
 from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train.config import StageConfig
-from tests.parallel.compiled import collectives, compile_step, tpu_devices
+from tests.parallel.compiled import collectives, compile_step, tpu_devices, trace_step
 from tests.parallel.meshed import even_config
 
 needs_libtpu = pytest.mark.skipif(
@@ -102,6 +103,20 @@ def test_every_generation_compiles_for_tpus(name, sizes, settings):
     mesh = make_mesh(tpu_devices("v5p:2x2x2"), **sizes)
     memory = compile_step(few_layers(name), mesh, **settings).memory_analysis()
     assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 95 * 2**30
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "context": 2}])
+def test_attention_by_cudnn_is_lowered_for_gpus(monkeypatch, sizes):
+    """The tower's and the decoder's, forward, again for the backward pass, and backward; no device need be there."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "cuda_versions", types.SimpleNamespace(cudnn_get_version=lambda: 91000))
+    stage = StageConfig(name="s", steps=10, remat="full", attention="cudnn")
+    traced = trace_step(even_config("qwen3_vl"), make_mesh(jax.devices()[:4], **sizes), stage=stage, length=128)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    forward, backward = (program.count(f"@__cudnn$fmhaScaleBiasSoftmax{kind}(") for kind in ("", "Backward"))
+    # Two blocks for each half of a row over `context`.
+    assert backward >= 2 and forward == 2 * backward
 
 
 @needs_libtpu
