@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from qwenvl_jax.ops.embedding import embed_tokens
 from qwenvl_jax.ops.products import project
 
 
@@ -74,9 +75,9 @@ class Embed(nnx.Module):
         table = jax.random.normal(rngs.params(), (entries, width), dtype) * jnp.asarray(1.0 / math.sqrt(width), dtype)
         self.table = nnx.Param(table, axes=axes)
 
-    def __call__(self, ids, dtype):
-        """Maps integer ids [...] to [..., width] in `dtype`."""
-        return jnp.take(self.table[...], ids, axis=0).astype(dtype)
+    def __call__(self, ids_BT, dtype, execution):
+        """Maps i32[B, T] to [B, T, width] in `dtype`."""
+        return embed_tokens(self.table[...], ids_BT, dtype, execution)
 
 
 class RMSNorm(nnx.Module):

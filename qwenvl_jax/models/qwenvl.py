@@ -125,7 +125,7 @@ class QwenVL(nnx.Module):
         B = tokens_B.shape[0]
         positions_B1A = jnp.broadcast_to(cache.next_positions[:, None, None], (B, 1, 3))
         cos, sin = self._cos_sin(positions_B1A)
-        x_B1H = self.text.embed(tokens_B[:, None], self.dtype)
+        x_B1H = self.text.embed(tokens_B[:, None], self.dtype, self.execution)
         x_B1H, keys, values = self.text.step(x_B1H, cos, sin, cache.keys, cache.values, cache.lengths, self.execution)
         cache = KVCache(keys, values, cache.lengths + 1, cache.next_positions + 1)
         return self.text.logits(x_B1H[:, 0]), cache
@@ -135,7 +135,8 @@ class QwenVL(nnx.Module):
         return mrope_cos_sin(positions_BTA, text.rope, text.head_dim, self.dtype)
 
     def _decode_rows(self, batch: Batch, execution: Execution):
-        x_BTH = execution.constrain(self.text.embed(batch.tokens, self.dtype), "batch", "tokens", None)
+        x_BTH = self.text.embed(batch.tokens, self.dtype, execution)
+        x_BTH = execution.constrain(x_BTH, "batch", "tokens", None)
         deepstack: tuple[int, Callable | None] = (0, None)
         if batch.vision:
             merged, deep = self.encode(batch, execution)

@@ -146,7 +146,5 @@ def test_the_mesh_of_a_run_takes_rules_and_checks_every_stage(tmp_path):
         with pytest.raises(ConfigError, match=f"stage s: .*{told}"):
             mesh_of(config(mesh_config, **batch))
     stages = tuple(dataclasses.replace(stage, attention="cudnn") for stage in config(MeshConfig()).stages)
-    with pytest.raises(
-        ConfigError, match="cudnn wants an NVIDIA GPU and dtype=bfloat16, and this run has cpu"
-    ):
+    with pytest.raises(ConfigError, match="cudnn wants an NVIDIA GPU and dtype=bfloat16, and this run has cpu"):
         mesh_of(dataclasses.replace(config(MeshConfig()), stages=stages))
