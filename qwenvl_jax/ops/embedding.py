@@ -1,8 +1,8 @@
 """Looking up tokens in a table of vectors that is split over devices.
 
-Left to the compiler, a table whose width is split where rows of tokens are split too has every device look up the tokens
-of all. Here only ids go to all of those devices; each looks them up in its part of the width, and sends each device
-the vectors of its own tokens. That is less than the table wherever a device has fewer tokens than the table entries.
+Left to the compiler, a table whose width is split where rows of tokens are split too has every device hold the vectors
+of all tokens. Here only ids go to all of those devices; each looks them up in its part of the width, and sends each
+device the vectors of its own tokens. That is less than the table wherever a device has fewer tokens than it entries.
 """
 
 import jax
