@@ -158,7 +158,7 @@ class _Run:
         self.say = progress.say
         keep_freed_memory()
         check_trackers(config.track)
-        self.profiler = Profiler(profile, self.out / "profile", self.say)
+        self.profiler = Profiler(profile, self.out / "profile", self.say, folder.out / "profile")
         self.mesh, self.rules = mesh_of(config)
         origin = config.processor or config.init or config.model
         if isinstance(origin, QwenVLConfig):

@@ -23,15 +23,17 @@ class Profiler:
     Args:
       steps: "5" for five steps, once the first of this process is done, or "10-15" for these steps of the run; None
         traces none.
-      folder: for the trace.
+      folder: for the trace, on this machine.
       say: told where the trace is.
+      kept: where it is looked for, if that is elsewhere: in a bucket.
 
     Raises:
       ConfigError: what is neither.
     """
 
-    def __init__(self, steps: str | None, folder: Path, say: Callable[[str], None]):
+    def __init__(self, steps: str | None, folder: Path, say: Callable[[str], None], kept: Any = None):
         self._folder, self._say, self._open = folder, say, False
+        self._kept = folder if kept is None else kept
         self._count, self._first, self._last = 0, 0, -1
         if steps is None:
             return
@@ -76,5 +78,5 @@ class Profiler:
             self._open = False
             jax.profiler.stop_trace()
             self._say(
-                f"a trace of steps {self._first} to {self._last} is in {self._folder}; `xprof {self._folder}` shows it"
+                f"a trace of steps {self._first} to {self._last} is in {self._kept}; `xprof {self._kept}` shows it"
             )

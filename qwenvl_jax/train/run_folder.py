@@ -1,8 +1,8 @@
 """The folder of a run: one process at a time writes it, and what stands there is whole.
 
 It lies on a disk that all processes of the run see, or in a bucket (gs://...). Files cannot grow in a bucket, so there
-the run writes them on its own disk and uploads them with each checkpoint. Processes other than the first read the
-folder once, and what they note goes nowhere.
+the run writes them on its own disk and uploads those that changed with each checkpoint, before the checkpoint is whole,
+and at its end. Processes other than the first read the folder once, and what they note goes nowhere.
 
 config.json      the settings that the numbers follow from
 metrics.jsonl    one line a step
@@ -25,6 +25,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,12 @@ from etils import epath
 from qwenvl_jax.errors import ConfigError, QwenVLError
 from qwenvl_jax.train.processes import Processes
 
+# Stores that both Orbax and etils write to.
+_STORES = ("gs", "s3")
+# Files whose presence says that a folder is whole.
+_LAST = ("config.json", "adapter_config.json")
+# What has a folder of its own for each kind and is never looked at again.
+_KEPT_THERE = ("checkpoints", "model", "adapter")
 # What an operating system or a store refuses for reasons that the user can mend.
 _SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ESTALE}
 
@@ -62,18 +69,26 @@ class RunFolder:
         return self.out / "checkpoints"
 
     def publish(self) -> None:
-        """Makes the small files as they are now the ones in `out`."""
+        """Makes the small files as they are now the ones in `out`.
+
+        Raises:
+          ConfigError: the bucket does not take them.
+        """
         if self.writes and self.local != self.out:
-            for name in _small_files(self.local):
-                status = (self.local / name).stat()
-                state = (status.st_size, status.st_mtime_ns)
-                if self.published.get(name) != state:
-                    _copy(self.local / name, self.out / name)
-                    self.published[name] = state
+            with _told(self.out, "cannot be written"):
+                for name in _small_files(self.local):
+                    status = (self.local / name).stat()
+                    state = (status.st_size, status.st_mtime_ns)
+                    if self.published.get(name) != state:
+                        _copy(self.local / name, self.out / name)
+                        self.published[name] = state
 
     @contextlib.contextmanager
     def new_model(self, name: str = "model") -> Iterator[Path]:
-        """Gives a folder to fill, whose content becomes `name` when all went well; its config.json comes last."""
+        """Gives a folder to fill, whose content becomes `name` when all went well.
+
+        In a bucket, where no folder is renamed at once, the file that says that it is whole comes last.
+        """
         if self.local == self.out:
             with new_folder(self.local / name) as folder:
                 yield folder
@@ -82,9 +97,9 @@ class RunFolder:
             folder = Path(making)
             yield folder
             if self.writes:
-                (self.out / name).mkdir(parents=True, exist_ok=True)
-                for path in sorted(folder.iterdir(), key=lambda path: path.name.endswith("config.json")):
-                    epath.Path(path).copy(self.out / name / path.name, overwrite=True)
+                with _told(self.out, "cannot be written"):
+                    for path in sorted(folder.iterdir(), key=lambda path: path.name in _LAST):
+                        _copy(path, self.out / name / path.name)
 
 
 @contextlib.contextmanager
@@ -98,12 +113,12 @@ def opened(out, processes: Processes) -> Iterator[RunFolder]:
     Raises:
       ConfigError: the folder cannot be made or written, is in use, or is not the same in all processes.
     """
-    remote = "://" in str(out)
+    remote = _is_address(str(out))
     out = epath.Path(out) if remote else Path(out)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_refusals_told(out))
         if remote:
-            _make_remote(out)
+            _check_remote(out, writes=processes.index == 0)
         elif processes.index == 0:
             stack.enter_context(locked(out))
         processes.gather("locked", "")
@@ -116,10 +131,11 @@ def opened(out, processes: Processes) -> Iterator[RunFolder]:
                     "one on a disk that all processes share, or in a bucket."
                 )
             local = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwenvl-jax-run-")))
-            for name in _small_files(out):
-                # What stands in folders only the process that writes goes on with; traces, nobody.
-                if "/" not in name or (processes.index == 0 and not name.startswith("profile/")):
-                    _copy(out / name, local / name)
+            with _told(out, "cannot be read"):
+                for name in _small_files(out):
+                    # What stands in folders only the process that writes goes on with; traces, nobody.
+                    if "/" not in name or (processes.index == 0 and not name.startswith("profile/")):
+                        _copy(out / name, local / name)
             folder = RunFolder(out, local, processes.index == 0)
             stack.callback(folder.publish)
         # Nothing changes before each has its copy.
@@ -128,33 +144,70 @@ def opened(out, processes: Processes) -> Iterator[RunFolder]:
 
 
 def _small_files(folder, above: str = "") -> Iterator[str]:
-    """Names of the files of a run, those in folders (of a tracker, say) too, but for checkpoints and the model."""
+    """Names of the files of a run, those in folders (of a tracker, say) too, but for checkpoints and weights."""
     try:
         paths = list(folder.iterdir())
     except FileNotFoundError:  # a bucket has no empty folders
         return
     for path in paths:
-        if path.name.startswith(".") or path.name in ("checkpoints", "model"):
+        if path.name.startswith(".") or path.name in _KEPT_THERE:
             continue
         if path.is_dir():
             yield from _small_files(path, f"{above}{path.name}/")
-        else:
+        elif path.is_file():  # the mark of a folder that was made in a browser is listed too, and is none
             yield f"{above}{path.name}"
 
 
 def _copy(source, target) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(source.read_bytes())
+    """Copies a file between this machine and a bucket, a part at a time."""
+    if isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    epath.Path(source).copy(target, overwrite=True)
 
 
-def _make_remote(out) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except Exception as error:  # each store has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _is_address(out: str) -> bool:
+    """Whether a run's folder is in a bucket.
+
+    Raises:
+      ConfigError: neither a path nor the address of a folder in a bucket of a known kind.
+    """
+    found = re.match(r"(\w\w+):(/+)([^/]*)", out)
+    if found is None:
+        return False
+    scheme, slashes, bucket = found.groups()
+    if scheme not in _STORES or slashes != "//" or not bucket:
         raise ConfigError(
-            f"output folder {out} cannot be made ({reason}); check its address, your credentials and, for gs://, that "
-            "gcsfs is installed."
+            f"output folder {out} is neither a path nor the address of a folder in a bucket; give a path, or "
+            "gs://BUCKET/RUN (as text: pathlib makes one slash of two)."
+        )
+    return True
+
+
+def _check_remote(out, writes: bool) -> None:
+    """Refuses a bucket that does not take files, before anything is computed."""
+    with _told(out, "cannot be written"):
+        probe = out / ".writable"
+        if writes:
+            probe.write_text("")
+            probe.unlink()
+        else:
+            probe.exists()
+
+
+@contextlib.contextmanager
+def _told(out, what: str) -> Iterator[None]:
+    """Turns what a store says, where `out` is in one, into one line."""
+    try:
+        yield
+    except Exception as error:  # each store has its own
+        if isinstance(out, Path) or isinstance(error, QwenVLError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, FileNotFoundError):
+            reason = f"is there a bucket {out.parts[2]}? not found: {reason}"
+        raise ConfigError(
+            f"output folder {out} {what} ({reason}); check its address, your credentials and, for gs://, that gcsfs is "
+            "installed, then start the same command again: a run continues from its latest checkpoint."
         ) from error
 
 

