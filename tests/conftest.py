@@ -20,7 +20,9 @@ for _flag, _value in (
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import importlib.util
+import shutil
 import subprocess
+import tempfile
 
 import jax
 import pytest
@@ -41,6 +43,16 @@ def _versions() -> str:
     if REFERENCE_THERE:
         return found
     return f"{found}; {_ABSENT}: {' and '.join(f'tests/{name}' for name in NEED_REFERENCE)} are left out"
+
+
+# Processes that tests start compile the same small programs again and again: what one has compiled the others read.
+if "TESTS_COMPILATION_CACHE" not in os.environ:
+    _CACHE = tempfile.mkdtemp(prefix="qwenvl-jax-compiled-")
+    os.environ["TESTS_COMPILATION_CACHE"] = _CACHE  # workers of the test run inherit it
+
+    def pytest_unconfigure() -> None:
+        """Removes what was compiled, once all workers are done."""
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 def pytest_report_header() -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from qwenvl_jax.train.metrics import read_metrics
-from tests.train.several import environment, write_several_run
+from tests.train.several import write_several_run
+from tests.train.tiny_run import environment
 
 SCRIPT = Path(__file__).parents[1] / "launch/local.sh"
 
@@ -132,7 +133,7 @@ def test_a_killed_process_and_the_run_goes_on(tmp_path, clip):
     given = {"QWENVL_JAX_PYTHON": str(kill), "PROCESSES": "2", "PAUSE_SECONDS": "0"}
     done = subprocess.run(
         [SCRIPT, config, "--out", tmp_path / "out", "--checkpoint_every", "1"],
-        env=environment(tmp_path / "cache", **given),
+        env=environment(**given),
         cwd=SCRIPT.parents[1],
         capture_output=True,
         text=True,

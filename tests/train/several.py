@@ -1,7 +1,6 @@
 """A tiny run in several processes on this machine, each with one device: its config, and ways to start it."""
 
 import dataclasses
-import os
 import socket
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.train.config import MeshConfig, TrainConfig
-from tests.train.tiny_run import ROOT, tiny_config, write_tiny_run
+from tests.train.tiny_run import ROOT, environment, tiny_config, write_tiny_run
 
 CONFIG = """\
 from tests.train.several import several_config
@@ -42,18 +41,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def environment(cache: Path | None = None, **more: str) -> dict[str, str]:
-    """For processes with one CPU device; programs are not worth optimizing, and are compiled once for all tests."""
-    given = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-    if cache is not None:
-        given |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return {**os.environ, **given, **more}
-
-
 def start(
     count: int,
     *arguments: object,
-    cache: Path | None = None,
     logs: Path,
     port: int | None = None,
     only: int | None = None,
@@ -75,9 +65,7 @@ def start(
         several = {**joined, "JAX_PROCESS_ID": str(index)} if count > 1 else {}
         with (logs / f"{index}.log").open("w") as log:
             processes.append(
-                subprocess.Popen(
-                    command, cwd=ROOT, env=environment(cache, **several), stdout=log, stderr=subprocess.STDOUT
-                )
+                subprocess.Popen(command, cwd=ROOT, env=environment(**several), stdout=log, stderr=subprocess.STDOUT)
             )
     return processes
 

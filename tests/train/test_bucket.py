@@ -60,11 +60,9 @@ def until(done, seconds: float = 30) -> None:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, clip):
-    """The tiny run, whose programs are compiled once and whose temporary files are seen."""
+    """The tiny run, whose temporary files are seen."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as here:
-        here.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
-        here.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         here.setenv("TMPDIR", str(folder / "temporary"))
         (folder / "temporary").mkdir()
         yield write_tiny_run(folder, clip)

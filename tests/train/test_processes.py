@@ -24,25 +24,19 @@ def config(tmp_path_factory, clip):
     return write_several_run(tmp_path_factory.mktemp("several"), clip)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Of compiled programs."""
-    return tmp_path_factory.mktemp("cache")
-
-
-def run(config, cache, out, count, *arguments, moment=None):
+def run(config, out, count, *arguments, moment=None):
     """Carries out the run in so many processes: (statuses, what they said)."""
     logs = config.parent / "logs" / f"{out.name}-{time.monotonic_ns()}"
     program = ["-m", "tests.train.killed", moment] if moment else ["train"]
-    statuses = finish(start(count, *program, config, "--out", out, *arguments, cache=cache, logs=logs))
+    statuses = finish(start(count, *program, config, "--out", out, *arguments, logs=logs))
     return statuses, said(logs)
 
 
 @pytest.fixture(scope="module")
-def whole(config, cache):
+def whole(config):
     """The run of one process."""
     out = config.parent / "whole"
-    statuses, told = run(config, cache, out, 1)
+    statuses, told = run(config, out, 1)
     assert statuses == [0], told
     return out
 
@@ -64,10 +58,10 @@ def check_alike(out, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_are_the_run_of_one(config, cache, whole, count):
+def test_several_processes_are_the_run_of_one(config, whole, count):
     """Weights, rows and vision groups are spread over processes; one of them writes."""
     out = config.parent / f"of-{count}"
-    statuses, told = run(config, cache, out, count)
+    statuses, told = run(config, out, count)
     assert statuses == [0] * count, told
     check_alike(out, whole)
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
@@ -75,22 +69,22 @@ def test_several_processes_are_the_run_of_one(config, cache, whole, count):
 
 
 @pytest.mark.slow
-def test_processes_that_share_rows(config, cache, whole):
+def test_processes_that_share_rows(config, whole):
     """`tensor` over both processes: each makes the whole batch, and it is counted once."""
     out, heads = config.parent / "tensor", ("--model.text.num_key_value_heads", 2)
     alone = config.parent / "tensor-alone"
-    assert run(config, cache, alone, 1, *heads)[0] == [0]
-    statuses, told = run(config, cache, out, 2, *heads, "--mesh.fsdp", 1, "--mesh.tensor", 2)
+    assert run(config, alone, 1, *heads)[0] == [0]
+    statuses, told = run(config, out, 2, *heads, "--mesh.fsdp", 1, "--mesh.tensor", 2)
     assert statuses == [0, 0], told
     check_alike(out, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("process", "after"), [(0, 4), (1, 1)])
-def test_a_signal_to_one_stops_all_after_the_same_step(config, cache, whole, process, after):
+def test_a_signal_to_one_stops_all_after_the_same_step(config, whole, process, after):
     """SIGTERM to either of two; the run goes on in so many others, on their mesh."""
     out = config.parent / f"stopped-{process}"
-    statuses, told = run(config, cache, out, 2, moment=f"SIGTERM:step:2:{process}")
+    statuses, told = run(config, out, 2, moment=f"SIGTERM:step:2:{process}")
     assert statuses == [130, 130], told
     # The line of step 2 is written with its checkpoint; the other process may have begun the next step.
     done = len(read_metrics(out / "metrics.jsonl"))
@@ -98,7 +92,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(config, cache, whole, pro
     assert (out / "checkpoints" / str(done)).is_dir()
     assert f"stopped after step {done} of {STEPS}" in told
 
-    statuses, told = run(config, cache, out, after)
+    statuses, told = run(config, out, after)
     assert statuses == [0] * after, told
     assert f"continuing after step {done} of" in told
     assert "losses may differ in their last digits" in told
@@ -107,11 +101,11 @@ def test_a_signal_to_one_stops_all_after_the_same_step(config, cache, whole, pro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
-def test_a_killed_process_ends_the_others(config, cache, process):
+def test_a_killed_process_ends_the_others(config, process):
     """Within a minute, and not with the status of a mistake, which no restart mends."""
     out, logs = config.parent / f"killed-{process}", config.parent / f"killed-{process}-logs"
     moment = f"SIGKILL:step:2:{process}"
-    processes = start(2, "-m", "tests.train.killed", moment, config, "--out", out, cache=cache, logs=logs)
+    processes = start(2, "-m", "tests.train.killed", moment, config, "--out", out, logs=logs)
     killed, other = processes[process], processes[1 - process]
     with contextlib.closing(contextlib.ExitStack()) as stack:
         stack.callback(finish, processes, 1)
@@ -122,7 +116,7 @@ def test_a_killed_process_ends_the_others(config, cache, process):
 
 
 @pytest.mark.slow
-def test_a_mistake_in_one_process_ends_all(config, cache, tmp_path):
+def test_a_mistake_in_one_process_ends_all(config, tmp_path):
     """Another setting in one of two, told by both in a line."""
     logs = tmp_path / "logs"
     arguments = ["train", config, "--out", tmp_path / "out"]
@@ -130,7 +124,7 @@ def test_a_mistake_in_one_process_ends_all(config, cache, tmp_path):
     processes = [
         process
         for index, seed in enumerate((0, 1))
-        for process in start(2, *arguments, "--seed", seed, cache=cache, logs=logs, port=port, only=index)
+        for process in start(2, *arguments, "--seed", seed, logs=logs, port=port, only=index)
     ]
     assert finish(processes) == [2, 2]
     lines = [line for line in said(logs).splitlines() if "error: process" in line]
@@ -140,13 +134,13 @@ def test_a_mistake_in_one_process_ends_all(config, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_checkpoints_go_to_any_number_of_processes(tmp_path, cache):
+def test_checkpoints_go_to_any_number_of_processes(tmp_path):
     """Written by two, read by four and by one: the same bits, and the same place."""
 
     def hashes(count, what):
         logs = tmp_path / f"{what}-{count}"
         program = ("-m", "tests.train.restored", what, tmp_path / "checkpoints")
-        assert finish(start(count, *program, cache=cache, logs=logs)) == [0] * count, said(logs)
+        assert finish(start(count, *program, logs=logs)) == [0] * count, said(logs)
         lines = [json.loads(line) for line in said(logs).splitlines() if line.startswith("{")]
         assert [line["devices"] for line in lines] == [count] * count
         return [line["hashes"] for line in lines]

@@ -109,8 +109,17 @@ def killed(moment: str, config: Path, out: Path, *arguments: object) -> subproce
     return _process("-m", "tests.train.killed", moment, config, "--out", out, *arguments)
 
 
+def environment(**more: str) -> dict[str, str]:
+    """For a process with one CPU device.
+
+    Programs that run for a few steps are not worth optimizing, and are compiled once for all tests.
+    """
+    given = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    cache = os.environ["TESTS_COMPILATION_CACHE"]
+    given |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {**os.environ, **given, **more}
+
+
 def _process(*arguments: object) -> subprocess.CompletedProcess:
-    # One device; and programs that run for a few steps are not worth optimizing.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
