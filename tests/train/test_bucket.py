@@ -136,11 +136,12 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on(bucket, config, tmp_path):
     # The finished run is left alone, and another is refused.
     again = command_line("train", config, "--out", out, *STEPS)
     assert again.returncode == 0, again.stderr
+    now = stored(bucket, "a/b")
+    assert {name for name in now if now[name] != found.get(name)} <= {"train.log"}
     other = command_line("train", config, "--out", out, *STEPS, "--seed", 1)
     assert other.returncode == 2, other.stderr
     assert f"{out} holds a run with seed=0, this one has 1" in other.stderr and other.stderr.count("error:") == 1
-    now = stored(bucket, "a/b")
-    assert {name for name in now if now[name] != found.get(name)} <= {"train.log"}
+    assert stored(bucket, "a/b") == now
 
 
 def test_adapters_and_their_model(bucket, config, tmp_path):
