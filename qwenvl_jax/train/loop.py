@@ -8,7 +8,6 @@ would have had: weights, optimizer, random key and the place in the data are sav
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -181,7 +180,7 @@ class _Run:
         self.fingerprint = settings | {f"stages.{stage.index}.data.digest": stage.digest for stage in self.stages}
         run_folder.check(folder, self.fingerprint)
         processes.check_same(self.fingerprint | {"mesh": repr(config.mesh)})
-        run_folder.write_atomically(self.out / "config.json", json.dumps(self.fingerprint, indent=2) + "\n")
+        folder.begin(self.fingerprint)
 
     def go(self, store: CheckpointStore) -> RunResult:
         """Restores or begins, goes through the stages that are left, and writes the model."""

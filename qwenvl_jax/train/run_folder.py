@@ -47,7 +47,7 @@ _KEPT_THERE = ("checkpoints", "model", "adapter")
 _SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ESTALE}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RunFolder:
     """Where a process finds and leaves the files of a run.
 
@@ -55,12 +55,14 @@ class RunFolder:
       out: the folder, as a `Path`, or as an `epath.Path` for a bucket.
       local: a folder on this machine for the small files: `out` itself, or one whose content is uploaded or dropped.
       writes: whether this process writes the run's folder.
+      begun: whether the run may write here: one that is refused leaves what it found.
       published: size and time, by name, of what `out` has of `local`.
     """
 
     out: Any
     local: Path
     writes: bool
+    begun: bool = False
     published: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -68,20 +70,46 @@ class RunFolder:
         """Where the checkpoints lie."""
         return self.out / "checkpoints"
 
+    def begin(self, fingerprint: Mapping[str, str]) -> None:
+        """Makes the folder that of the run with these settings, which `check` has found to be its own or nobody's.
+
+        Raises:
+          ConfigError: the bucket does not take files.
+        """
+        write_atomically(self.local / "config.json", json.dumps(fingerprint, indent=2) + "\n")
+        self.begun = True
+        self.publish()
+
     def publish(self) -> None:
         """Makes the small files as they are now the ones in `out`.
 
         Raises:
           ConfigError: the bucket does not take them.
         """
-        if self.writes and self.local != self.out:
+        if self.begun and self.writes and self.local != self.out:
             with _told(self.out, "cannot be written"):
                 for name in _small_files(self.local):
-                    status = (self.local / name).stat()
-                    state = (status.st_size, status.st_mtime_ns)
+                    state = self._state(name)
                     if self.published.get(name) != state:
                         _copy(self.local / name, self.out / name)
                         self.published[name] = state
+
+    def fetch(self) -> None:
+        """Copies the small files to `local`, as far as this process goes on with them.
+
+        Raises:
+          ConfigError: they cannot be read.
+        """
+        with _told(self.out, "cannot be read"):
+            for name in _small_files(self.out):
+                # What stands in folders only the process that writes goes on with; traces, nobody.
+                if "/" not in name or (self.writes and not name.startswith("profile/")):
+                    _copy(self.out / name, self.local / name)
+                    self.published[name] = self._state(name)
+
+    def _state(self, name: str) -> tuple[int, int]:
+        status = (self.local / name).stat()
+        return status.st_size, status.st_mtime_ns
 
     @contextlib.contextmanager
     def new_model(self, name: str = "model") -> Iterator[Path]:
@@ -117,10 +145,11 @@ def opened(out, processes: Processes) -> Iterator[RunFolder]:
     out = epath.Path(out) if remote else Path(out)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_refusals_told(out))
-        if remote:
-            _check_remote(out, writes=processes.index == 0)
-        elif processes.index == 0:
-            stack.enter_context(locked(out))
+        if processes.index == 0:
+            if remote:
+                _check_writable(out)
+            else:
+                stack.enter_context(locked(out))
         processes.gather("locked", "")
         if processes.index == 0 and not remote:
             folder = RunFolder(out, out, True)
@@ -131,12 +160,8 @@ def opened(out, processes: Processes) -> Iterator[RunFolder]:
                     "one on a disk that all processes share, or in a bucket."
                 )
             local = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwenvl-jax-run-")))
-            with _told(out, "cannot be read"):
-                for name in _small_files(out):
-                    # What stands in folders only the process that writes goes on with; traces, nobody.
-                    if "/" not in name or (processes.index == 0 and not name.startswith("profile/")):
-                        _copy(out / name, local / name)
             folder = RunFolder(out, local, processes.index == 0)
+            folder.fetch()
             stack.callback(folder.publish)
         # Nothing changes before each has its copy.
         processes.gather("opened", "")
@@ -183,15 +208,12 @@ def _is_address(out: str) -> bool:
     return True
 
 
-def _check_remote(out, writes: bool) -> None:
+def _check_writable(out) -> None:
     """Refuses a bucket that does not take files, before anything is computed."""
     with _told(out, "cannot be written"):
         probe = out / ".writable"
-        if writes:
-            probe.write_text("")
-            probe.unlink()
-        else:
-            probe.exists()
+        probe.write_text("")
+        probe.unlink()
 
 
 @contextlib.contextmanager

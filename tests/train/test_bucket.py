@@ -11,11 +11,14 @@ import pytest
 import requests
 from google.cloud import storage
 
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.train import run_folder
+from qwenvl_jax.train.processes import Processes
 from tests.train.several import finish, free_port, said, start
 from tests.train.test_profile import traced
 from tests.train.tiny_run import command_line, killed, write_tiny_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("bucket")]
+pytestmark = pytest.mark.xdist_group("bucket")
 
 STEPS = ("--stages.s0.steps", 1, "--stages.s1.steps", 4)  # checkpoints of steps 1, 2, 4 and 5
 
@@ -74,6 +77,11 @@ def stored(bucket, folder: str) -> dict[str, bytes]:
     return {blob.name.removeprefix(f"{folder}/"): blob.download_as_bytes() for blob in blobs}
 
 
+def generations(bucket) -> dict[str, int]:
+    """Which writing of each object stands in the bucket."""
+    return {blob.name: blob.generation for blob in bucket.client.list_blobs(bucket)}
+
+
 def in_folder(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -86,6 +94,68 @@ def steps(lines: bytes) -> list[int]:
     return [json.loads(line)["step"] for line in lines.splitlines()]
 
 
+def test_the_folder_of_a_run(bucket):
+    """What is noted here is there when it is published; what was left is gone on with; a model is whole or unread."""
+    bucket.blob("small/").upload_from_string(b"")  # a browser marks the folders that are made in it
+    with run_folder.opened("gs://runs/small", Processes()) as folder:
+        (folder.local / "train.log").write_text("begun\n")
+        (folder.local / "profile" / "x").mkdir(parents=True)
+        (folder.local / "profile" / "x" / "trace").write_bytes(b"\x00\xff")
+        assert set(stored(bucket, "small")) == {""}
+        folder.begin({"seed": "0"})
+        assert json.loads(stored(bucket, "small")["config.json"]) == {"seed": "0"}
+        assert stored(bucket, "small")["profile/x/trace"] == b"\x00\xff"
+        for name, last in (("model", "config.json"), ("adapter", "adapter_config.json")):
+            with folder.new_model(name) as making:
+                for file in (last, "z_config.json", "a", "z"):
+                    (making / file).write_text(file)
+            times = {blob.name: blob.time_created for blob in bucket.client.list_blobs(bucket, prefix=f"small/{name}/")}
+            assert len(times) == 4 and max(times, key=times.__getitem__) == f"small/{name}/{last}"
+        with pytest.raises(ZeroDivisionError), folder.new_model("other"):
+            raise ZeroDivisionError
+        (folder.local / "train.log").write_text("begun\ndone\n")
+    found = stored(bucket, "small")
+    assert found["train.log"] == b"begun\ndone\n"  # at the end, too
+    assert not any(name.startswith("other") for name in found)
+
+    before = generations(bucket)
+    with run_folder.opened("gs://runs/small", Processes()) as folder:
+        # Nobody needs these again.
+        assert {path.name for path in folder.local.iterdir()} == {"config.json", "train.log"}
+        run_folder.check(folder, {"seed": "0"})
+        folder.begin({"seed": "0"})
+    changed = generations(bucket).items() - before.items()
+    assert {name for name, _ in changed} == {"small/config.json"}
+
+    # A run that is refused leaves all as it found it, which another run may be writing.
+    before = generations(bucket)
+    with (
+        pytest.raises(ConfigError, match="gs://runs/small holds a run with seed=0, this one has 1"),
+        run_folder.opened("gs://runs/small", Processes()) as folder,
+    ):
+        with (folder.local / "train.log").open("a") as log:
+            log.write("refused\n")
+        run_folder.check(folder, {"seed": "1"})
+    assert generations(bucket) == before
+
+
+def test_what_a_store_refuses_is_told_in_one_line(bucket):
+    """At the door, or where a bucket vanishes."""
+    with (
+        pytest.raises(ConfigError, match=r"gs://nowhere/run cannot be written \(is there a bucket nowhere\?"),
+        run_folder.opened("gs://nowhere/run", Processes()),
+    ):
+        pass
+    bucket.client.create_bucket("vanishing")
+    with (
+        pytest.raises(ConfigError, match=r"gs://vanishing/run cannot be written \(is there a bucket vanishing\?"),
+        run_folder.opened("gs://vanishing/run", Processes()) as folder,
+    ):
+        bucket.client.bucket("vanishing").delete(force=True)
+        folder.begin({"seed": "0"})
+
+
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_killed_and_goes_on(bucket, config, tmp_path):
     """While a checkpoint is written, and between two; in the end all is there, and nothing of it is left here."""
     assert command_line("train", config, "--out", tmp_path, *STEPS).returncode == 0
@@ -136,13 +206,15 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on(bucket, config, tmp_path):
     # The finished run is left alone, and another is refused.
     again = command_line("train", config, "--out", out, *STEPS)
     assert again.returncode == 0, again.stderr
+    now = stored(bucket, "a/b")
+    assert {name for name in now if now[name] != found.get(name)} <= {"train.log"}
     other = command_line("train", config, "--out", out, *STEPS, "--seed", 1)
     assert other.returncode == 2, other.stderr
     assert f"{out} holds a run with seed=0, this one has 1" in other.stderr and other.stderr.count("error:") == 1
-    now = stored(bucket, "a/b")
-    assert {name for name in now if now[name] != found.get(name)} <= {"train.log"}
+    assert stored(bucket, "a/b") == now
 
 
+@pytest.mark.slow
 def test_adapters_and_their_model(bucket, config, tmp_path):
     """As in a folder."""
     settings = ("--adapter.rank", 4, "--adapter.modules_to_save", "^merger", *STEPS[:3], 1)
@@ -157,6 +229,7 @@ def test_adapters_and_their_model(bucket, config, tmp_path):
         assert found[name] == whole[name], name
 
 
+@pytest.mark.slow
 def test_arrays_of_two_processes_are_read_by_one(bucket, tmp_path):
     """Bit by bit: a checkpoint in a bucket may be read on another number of hosts."""
 
@@ -172,6 +245,7 @@ def test_arrays_of_two_processes_are_read_by_one(bucket, tmp_path):
     assert hashes(1, "load") == [written[0]]
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_not_there_is_told_at_once(bucket, config):
     """And not made, which would be in anybody's name and place."""
     done = command_line("train", config, "--out", "gs://nowhere/run", *STEPS)
