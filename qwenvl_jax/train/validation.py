@@ -143,8 +143,6 @@ class Validation:
         self._known = {line["step"] for line in read_metrics(self.path)}
         self._held_out, self._parts, self._say = held_out, parts, say
         self._compiled: tuple[int, Any] | None = None
-        if jax.process_count() > 1 and any(one.asked for of_stage in held_out for one in of_stage):
-            say("validation: a run of several processes tells losses, but answers no samples")
 
     def due(self, stage: Stage, done: int) -> bool:
         """Whether the model is to be judged after `done` steps of the run: at each interval and at the stage's end."""
@@ -152,14 +150,24 @@ class Validation:
             return False
         return done == stage.end or (done - stage.begin) % stage.config.validation.every == 0
 
-    def judge(self, stage: Stage, done: int, params: Params) -> dict[str, Any]:
-        """Judges the model with these weights, all of them; writes and returns the line."""
+    def judge(
+        self, stage: Stage, done: int, params: Params, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any] | None:
+        """Judges the model with these weights, all of them; writes and returns the line.
+
+        Args:
+          stop: asked before each batch and each token; once it says True nothing is written and None returned, so that
+            the step is still due when the run goes on. See `qwenvl_jax.train.stopping.Stop.here`.
+        """
         line: dict[str, Any] = {"step": done, "stage": stage.config.name, "losses": {}}
-        for one in self._held_out[stage.index]:
-            line["losses"][one.name] = self._loss(stage, one, params)
-        line["answers"] = [
-            answer for one in self._held_out[stage.index] for answer in self._answers(one, stage.config, params)
-        ]
+        held_out = self._held_out[stage.index]
+        try:
+            for one in held_out:
+                line["losses"][one.name] = self._loss(stage, one, params, stop)
+            line["answers"] = [answer for one in held_out for answer in self._answers(one, stage.config, params, stop)]
+        except _Stopped:
+            self._say(f"{stage.config.name} step {done}: asked to stop; validation is left to the run that goes on")
+            return None
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -168,21 +176,24 @@ class Validation:
         self._say(f"{stage.config.name} step {done}: validation loss  {told}")
         return line
 
-    def _loss(self, stage: Stage, one: HeldOut, params: Params) -> float | None:
+    def _loss(self, stage: Stage, one: HeldOut, params: Params, stop: Callable[[], bool]) -> float | None:
         """The weighted mean over the learnt tokens of all batches."""
-        sums = []
+        sums: list[tuple[jax.Array, jax.Array]] = []
         for number in range(one.batches):
+            _go_on_unless(stop)
             batch = shard_batch(one.loader(number).batch, self._parts.mesh, self._parts.rules)
             if self._compiled is None or self._compiled[0] != stage.index:
                 evaluate = jax.jit(make_evaluation(self._parts, stage.config))
                 self._compiled = stage.index, evaluate.lower(params, batch).compile()
+            # A batch is computed while the next is made, and no more wait in line: a stop would wait for them.
+            jax.block_until_ready(sums[-1:])
             sums.append(self._compiled[1](params, batch))
         loss, weight = (sum(float(value) for value in values) for values in zip(*sums, strict=True))
         return finite(loss / weight) if weight else None
 
-    def _answers(self, one: HeldOut, stage: StageConfig, params: Params) -> list[dict[str, str]]:
-        if jax.process_count() > 1:  # `generate` reads its tokens on one host
-            return []
+    def _answers(
+        self, one: HeldOut, stage: StageConfig, params: Params, stop: Callable[[], bool]
+    ) -> list[dict[str, str]]:
         # Those that are asked alike go together, the same ones each time, so that nothing is compiled anew.
         alike: dict[str, list[Record]] = {}
         for record in one.asked:
@@ -192,6 +203,7 @@ class Validation:
         for records in alike.values():
             pairs = [pair for record in records if (pair := question_and_truth(record)) is not None]
             for record in records:
+                _go_on_unless(stop)
                 if record.fetch is not None:
                     record.fetch()
             answers = generate(
@@ -199,8 +211,10 @@ class Validation:
                 one.processor,
                 [messages for messages, _ in pairs],
                 stage.validation.max_new_tokens,
+                interrupted=stop,
                 **records[0].options,
             )
+            _go_on_unless(stop)
             found += [
                 {
                     "data": one.name,
@@ -216,6 +230,15 @@ class Validation:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class _Stopped(Exception):
+    """The run is asked to stop."""
+
+
+def _go_on_unless(stop: Callable[[], bool]) -> None:
+    if stop():
+        raise _Stopped
 
 
 def make_evaluation(parts: ModelParts, stage: StageConfig) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
