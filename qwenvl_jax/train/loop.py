@@ -180,11 +180,12 @@ class _Run:
         self.fingerprint = settings | {f"stages.{stage.index}.data.digest": stage.digest for stage in self.stages}
         run_folder.check(folder, self.fingerprint)
         processes.check_same(self.fingerprint | {"mesh": repr(config.mesh)})
-        folder.begin(self.fingerprint)
 
     def go(self, store: CheckpointStore) -> RunResult:
         """Restores or begins, goes through the stages that are left, and writes the model."""
         place = store.progress()
+        # Not before: a folder with a checkpoint of another run stays as it is.
+        self.folder.begin(self.fingerprint)
         done = 0
         if place:
             done = place["step"]

@@ -10,7 +10,6 @@ often the run was stopped.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from qwenvl_jax.generate import generate
 from qwenvl_jax.parallel.placement import shard_batch
 from qwenvl_jax.train.config import StageConfig, TrainConfig
 from qwenvl_jax.train.curriculum import Stage
-from qwenvl_jax.train.metrics import finite, length_of, read_metrics
+from qwenvl_jax.train.metrics import StepFile, finite, read_metrics
 from qwenvl_jax.train.state import ModelParts, Params
 from qwenvl_jax.train.step import make_loss, normalised_weights
 
@@ -138,8 +137,7 @@ class Validation:
         say: Callable[[str], None],
     ):
         self.path = Path(path)
-        self._file = self.path.open("ab")
-        self._file.truncate(length_of(self.path, done))
+        self._file = StepFile(path, done)
         self._known = {line["step"] for line in read_metrics(self.path)}
         self._held_out, self._parts, self._say = held_out, parts, say
         self._compiled: tuple[int, Any] | None = None
@@ -168,9 +166,8 @@ class Validation:
         except _Stopped:
             self._say(f"{stage.config.name} step {done}: asked to stop; validation is left to the run that goes on")
             return None
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.write(line)
+        self._file.sync()
         self._known.add(done)
         told = "  ".join(f"{name} {'none' if loss is None else f'{loss:.4f}'}" for name, loss in line["losses"].items())
         self._say(f"{stage.config.name} step {done}: validation loss  {told}")
