@@ -17,24 +17,18 @@ def folder(tmp_path_factory, clip):
     return folder
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Of compiled programs."""
-    return tmp_path_factory.mktemp("cache")
-
-
-def run(config, cache, out, count=1, moment=None):
+def run(config, out, count=1, moment=None):
     """Carries out the run in so many processes: (statuses, what they said)."""
     logs = config.parent / "logs" / f"{out.name}-{moment}"
     program = ["-m", "tests.train.killed", moment] if moment else ["train"]
-    statuses = finish(start(count, *program, config, "--out", out, cache=cache, logs=logs))
+    statuses = finish(start(count, *program, config, "--out", out, logs=logs))
     return statuses, said(logs)
 
 
 @pytest.fixture(scope="module")
-def whole(folder, cache):
+def whole(folder):
     """A run that nothing disturbed."""
-    statuses, told = run(folder / "judged.py", cache, folder / "whole")
+    statuses, told = run(folder / "judged.py", folder / "whole")
     assert statuses == [0], told
     return folder / "whole"
 
@@ -44,23 +38,23 @@ def whole(folder, cache):
     [("batch:3", 4, [2]), ("token:8", 4, [2]), ("token:14", 5, [2, 4])],
     ids=["between batches", "between tokens", "at the end of the run"],
 )
-def test_a_signal_in_its_midst(folder, cache, whole, moment, step, judged):
+def test_a_signal_in_its_midst(folder, whole, moment, step, judged):
     """The checkpoint is written at once; the same command judges that step, and the files are as if nothing was."""
     out = folder / moment.replace(":", "-")
-    statuses, told = run(folder / "judged.py", cache, out, moment=f"SIGTERM:{moment}")
+    statuses, told = run(folder / "judged.py", out, moment=f"SIGTERM:{moment}")
     assert statuses == [130], told
     assert f"s1 step {step}: asked to stop; validation is left to the run that goes on" in told
     assert f"stopped after step {step} of 5; the same command continues" in told
     assert [line["step"] for line in read_metrics(out / "validation.jsonl")] == judged
     assert len(read_metrics(out / "metrics.jsonl")) == step
     assert (out / "checkpoints" / str(step)).is_dir() and not (out / "model").exists()
-    statuses, told = run(folder / "judged.py", cache, out)
+    statuses, told = run(folder / "judged.py", out)
     assert statuses == [0], told
     for file in ("validation.jsonl", "metrics.jsonl", "model/model.safetensors"):
         assert (out / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_several_processes(folder, cache):
+def test_several_processes(folder):
     """They answer as one does; a signal to either of two stops both in the midst of an answer."""
     config = folder / "several.py"
 
@@ -71,22 +65,22 @@ def test_several_processes(folder, cache):
             np.testing.assert_allclose(*(list(line["losses"].values()) for line in (ours, theirs)), rtol=1e-5)
             assert ours["answers"] == theirs["answers"]
 
-    statuses, told = run(config, cache, folder / "one")
+    statuses, told = run(config, folder / "one")
     assert statuses == [0], told
     expected = read_metrics(folder / "one" / "validation.jsonl")
     assert [answer["id"] for answer in expected[0]["answers"]] == ["clip-0", "clip-1", "w0", "w1"]
 
-    statuses, told = run(config, cache, folder / "two", 2)
+    statuses, told = run(config, folder / "two", 2)
     assert statuses == [0, 0], told
     check_alike(folder / "two")
 
     for process in (0, 1):
         out = folder / f"two-stopped-{process}"
-        statuses, told = run(config, cache, out, 2, f"SIGTERM:token:8:{process}")
+        statuses, told = run(config, out, 2, f"SIGTERM:token:8:{process}")
         assert statuses == [130, 130], told
         assert "s1 step 4: asked to stop" in told
         assert [line["step"] for line in read_metrics(out / "validation.jsonl")] == [2]
         assert (out / "checkpoints" / "4").is_dir()
-        statuses, told = run(config, cache, out, 2)
+        statuses, told = run(config, out, 2)
         assert statuses == [0, 0], told
         check_alike(out)
