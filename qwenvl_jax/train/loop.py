@@ -281,6 +281,8 @@ class _Run:
         """Judges the model where it is due, before a checkpoint says that the step is done; not if the run stops."""
         if self.validation.due(stage, done):
             self._written(metrics.flush())
+            # In every process: programs that exchange something and do not wait for each other may meet in any order.
+            jax.block_until_ready(state)
             began = time.monotonic()
             if line := self.validation.judge(stage, done, frozen | state.params, stop.here):
                 self.trackers.write("validation", line)
