@@ -22,8 +22,7 @@ from qwenvl_jax.train import run_folder
 from qwenvl_jax.train.config import TrainConfig
 from qwenvl_jax.train.metrics import StepFile, read_metrics
 from qwenvl_jax.train.refusals import naming, refusal
-from tests.train.several import environment
-from tests.train.tiny_run import ROOT, tiny_config, write_tiny_run
+from tests.train.tiny_run import ROOT, environment, tiny_config, write_tiny_run
 
 STEPS, EVERY = 43, 8
 CONFIG = """\
@@ -43,10 +42,10 @@ def longer_config(folder: str | Path) -> TrainConfig:
 
 
 class Runs:
-    """Runs of one config, which share their compiled programs."""
+    """Runs of one config."""
 
-    def __init__(self, folder: Path, cache: Path):
-        self.folder, self.environment = folder, environment(cache)
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def train(self, out: Path, *more: object, at: int | None = None, command: str = "") -> list[str]:
         """The arguments of a run, with a command that disturbs it at a step."""
@@ -54,7 +53,7 @@ class Runs:
         return [str(word) for word in (sys.executable, "-m", *module, self.folder / "config.py", "--out", out, *more)]
 
     def __call__(self, command: list[str]) -> subprocess.CompletedProcess:
-        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def runs(tmp_path_factory, clip):
     folder = tmp_path_factory.mktemp("run")
     write_tiny_run(folder, clip)
     (folder / "config.py").write_text(CONFIG.format(folder=str(folder)))
-    return Runs(folder, tmp_path_factory.mktemp("cache"))
+    return Runs(folder)
 
 
 @pytest.fixture(scope="module")
