@@ -27,3 +27,7 @@ class ConversationError(QwenVLError):
 
 class DataError(QwenVLError):
     """A data set or record that cannot be used for training."""
+
+
+class SourceError(DataError):
+    """A data set that cannot be read any more: no fault of one of its records, so that none is left out for it."""

@@ -69,8 +69,11 @@ def generate(
     stream: Callable[[int, str], None] | None = None,
     tools: Sequence[dict] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Answer]:
     """Answers every conversation.
+
+    A model that is spread over several processes is asked the same by all of them, and each gets all answers.
 
     Args:
       model: as `QwenVL.from_pretrained` gives it.
@@ -81,6 +84,7 @@ def generate(
       seed: of the draws; an answer depends on it and on its conversation's place in the list alone.
       stream: called with (number of the conversation, new text) as text becomes certain.
       tools, chat_template_kwargs: of all conversations; see `Processor.sample`.
+      interrupted: asked after each token; once it says True, answers end as they are.
 
     Returns:
       One answer for each conversation, in order.
@@ -114,7 +118,7 @@ def generate(
                 open_rows.discard(row)
             else:
                 writers[row].add(token)
-        if not open_rows:
+        if not open_rows or interrupted():
             break
     return [writer.answer() for writer in writers]
 
@@ -175,29 +179,38 @@ def _check_fit(model: QwenVL, batch: Batch, max_new_tokens: int) -> None:
 def _token_steps(model: QwenVL, batch: Batch, sampling: Sampling, seed: int, count: int):
     """Yields the next token of every row, np i32[B], `count` times at most."""
     graph, weights = nnx.split(model)
-    B, T = batch.tokens.shape
-    cache_size = T + -(-count // LENGTH_STEP) * LENGTH_STEP
-    # A key a row: what is drawn for a row does not depend on how many others there are.
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(B))
-    tokens_B, cache = _first(graph, weights, batch, keys, cache_size, sampling)
+    cache_size = batch.tokens.shape[1] + -(-count // LENGTH_STEP) * LENGTH_STEP
+    # Prompts, seed and step are the host's: what is the same in all processes may go to the devices of all.
+    draw = np.uint32(seed)
+    tokens_B, cache = _first(graph, weights, batch, draw, cache_size, sampling)
     yield np.asarray(tokens_B)
     for step in range(1, count):
-        tokens_B, cache = _next(graph, weights, tokens_B, cache, keys, np.int32(step), sampling)
+        tokens_B, cache = _next(graph, weights, tokens_B, cache, draw, np.int32(step), sampling)
         yield np.asarray(tokens_B)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "cache_size", "sampling"))
-def _first(graph, weights, batch: Batch, keys, cache_size: int, sampling: Sampling):
+def _first(graph, weights, batch: Batch, seed, cache_size: int, sampling: Sampling):
     """Reads the prompts: (i32[B] first tokens, the cache)."""
-    logits_BV, cache = nnx.merge(graph, weights).prefill(batch, cache_size)
-    return pick(logits_BV, keys, 0, sampling), cache
+    model = nnx.merge(graph, weights)
+    logits_BV, cache = model.prefill(batch, cache_size)
+    return _picked_everywhere(model, logits_BV, seed, 0, sampling), cache
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames=("cache",))
-def _next(graph, weights, tokens_B, cache: KVCache, keys, step, sampling: Sampling):
+def _next(graph, weights, tokens_B, cache: KVCache, seed, step, sampling: Sampling):
     """Reads one token a row: (i32[B] tokens after them, the cache)."""
-    logits_BV, cache = nnx.merge(graph, weights).decode(tokens_B, cache)
-    return pick(logits_BV, keys, step, sampling), cache
+    model = nnx.merge(graph, weights)
+    logits_BV, cache = model.decode(tokens_B, cache)
+    return _picked_everywhere(model, logits_BV, seed, step, sampling), cache
+
+
+def _picked_everywhere(model: QwenVL, logits_BV, seed, step, sampling: Sampling):
+    """The next tokens, i32[B], whole on every device, so that each process can read all of them."""
+    # A key a row: what is drawn for a row does not depend on how many others there are.
+    rows_B = jnp.arange(logits_BV.shape[0])
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
+    return model.execution.constrain(pick(logits_BV, keys_B, step, sampling), None)
 
 
 def pick(logits_BV, keys_B, step, sampling: Sampling):

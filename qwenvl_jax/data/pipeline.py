@@ -32,7 +32,7 @@ from qwenvl_jax.data.packing import Plan
 from qwenvl_jax.data.sample import Media, Sample
 from qwenvl_jax.data.sources import Source
 from qwenvl_jax.data.supervised import Supervised, end_with_parent
-from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
+from qwenvl_jax.errors import ConfigError, DataError, QwenVLError, SourceError
 from qwenvl_jax.flops import Work
 
 _NAMED = 20  # samples that an error names
@@ -234,6 +234,8 @@ class BatchLoader:
             for index in planned[row]:
                 try:
                     loaded = self._checked(index)
+                except SourceError:
+                    raise
                 except QwenVLError as error:
                     failed.append(Failure(self.plan.facts[index].name, str(error)))
                     digest.update(f"{start} failed {self.plan.facts[index].name}\n".encode())

@@ -21,7 +21,7 @@ from qwenvl_jax.data.coordinates import THOUSANDTHS, Convention, Sizes
 from qwenvl_jax.data.files import is_remote
 from qwenvl_jax.data.records import Telling, check_format, find_format, record_options, to_conversation
 from qwenvl_jax.data.times import choose_time_format
-from qwenvl_jax.errors import ConfigError, DataError, QwenVLError
+from qwenvl_jax.errors import ConfigError, DataError, QwenVLError, SourceError
 
 _ARRAY_HINT = "a file that is one JSON array becomes lines by: jq -c '.[]' data.json > data.jsonl"
 
@@ -105,6 +105,7 @@ class JsonlSource:
     Raises:
       DataError: the file is missing, cannot be read or has no records; a line is not a record (raised on access,
         naming file and line).
+      SourceError: the file has gone since (raised on access).
     """
 
     def __init__(self, path: str | os.PathLike, reading: Reading = Reading(), places: np.ndarray | None = None):
@@ -120,9 +121,15 @@ class JsonlSource:
 
     def text(self, index: int) -> bytes:
         """A record as it is written."""
-        with self.path.open("rb") as file:
-            file.seek(int(self.places[index, 0]))
-            return file.readline().strip()
+        try:
+            with self.path.open("rb") as file:
+                file.seek(int(self.places[index, 0]))
+                return file.readline().strip()
+        except OSError as error:
+            raise SourceError(
+                f"data file {self.path} cannot be read any more ({error.strerror}); put it back as it was, and start "
+                "the same command again."
+            ) from error
 
     def where(self, index: int) -> str:
         """File and line of a record."""

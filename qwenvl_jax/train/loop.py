@@ -46,7 +46,7 @@ from qwenvl_jax.train.quarantine import FILE, Quarantine
 from qwenvl_jax.train.report import write_report
 from qwenvl_jax.train.state import GuardState, Params, TrainState
 from qwenvl_jax.train.step import make_step
-from qwenvl_jax.train.stopping import stop_signals
+from qwenvl_jax.train.stopping import Stop, stop_signals
 from qwenvl_jax.train.timings import TimingLog, first_start
 from qwenvl_jax.train.tracking import Trackers, check_trackers
 from qwenvl_jax.train.validation import Validation, prepare_validation
@@ -180,11 +180,12 @@ class _Run:
         self.fingerprint = settings | {f"stages.{stage.index}.data.digest": stage.digest for stage in self.stages}
         run_folder.check(folder, self.fingerprint)
         processes.check_same(self.fingerprint | {"mesh": repr(config.mesh)})
-        folder.begin(self.fingerprint)
 
     def go(self, store: CheckpointStore) -> RunResult:
         """Restores or begins, goes through the stages that are left, and writes the model."""
         place = store.progress()
+        # Not before: a folder with a checkpoint of another run stays as it is.
+        self.folder.begin(self.fingerprint)
         done = 0
         if place:
             done = place["step"]
@@ -211,13 +212,16 @@ class _Run:
         with contextlib.ExitStack() as opened, stop_signals(self.processes) as stop:
             for log in logs:
                 opened.enter_context(contextlib.closing(log))
+            if place:  # at a step from before the run was stopped
+                assert state is not None
+                self._validate(self.stages[place["stage"]], state, _others(params, state), done, metrics, stop)
             for stage in self.stages:
-                if done >= stage.end or stop.after(done):
+                if done >= stage.end or stop.here():
                     continue
                 if done == stage.begin:
                     state = self._fresh_state(stage, params, state)
                 assert state is not None  # restored, or begun with the stage
-                frozen = {name: value for name, value in params.items() if name not in state.params}
+                frozen = _others(params, state)
                 # The step takes the arrays that learn: nothing else may hold them.
                 del params
                 plan = place.get("plan", "") if place and place["stage"] == stage.index else ""
@@ -227,7 +231,7 @@ class _Run:
                     state, done = self._run_stage(stage, batches, state, frozen, done, store, metrics, stop)
                 params = frozen | state.params
         store.wait()
-        if done < self.config.steps:
+        if done < self.config.steps or self.validation.due(self.stages[-1], done):
             self.say(f"stopped after step {done} of {self.config.steps}; the same command continues")
             return RunResult(self.folder.out, done, self.config.steps, None)
         return RunResult(self.folder.out, done, self.config.steps, self._export(params))
@@ -247,8 +251,7 @@ class _Run:
             self.timings.start()
 
         compiled, plan, rates = None, "", learning_rates(stage.config)
-        self._validate(stage, state, frozen, done, metrics)  # at a step from before the run was stopped
-        while done < stage.end and not stop.after(done):
+        while done < stage.end and not stop.here():
             asked = time.monotonic()
             planned = next(batches)
             wait = time.monotonic() - asked
@@ -266,7 +269,7 @@ class _Run:
             self.timings.begin(done, planned.work, step_flops(self.parts.config, planned.work, state.params).total)
             self._written(metrics.push(line, output, stage.classes))
             self.progress.waited(wait)
-            self._validate(stage, state, frozen, done, metrics)
+            self._validate(stage, state, frozen, done, metrics, stop)
             if done == stage.end or done % self.config.checkpoint_every == 0:
                 save()
         if done < stage.end:
@@ -274,12 +277,15 @@ class _Run:
         self._tell_waits(stage)
         return state, done
 
-    def _validate(self, stage: Stage, state: TrainState, frozen: Params, done: int, metrics: MetricsLog) -> None:
-        """Judges the model where it is due, before a checkpoint says that the step is done."""
+    def _validate(self, stage: Stage, state, frozen: Params, done: int, metrics: MetricsLog, stop: Stop) -> None:
+        """Judges the model where it is due, before a checkpoint says that the step is done; not if the run stops."""
         if self.validation.due(stage, done):
             self._written(metrics.flush())
+            # In every process: programs that exchange something and do not wait for each other may meet in any order.
+            jax.block_until_ready(state)
             began = time.monotonic()
-            self.trackers.write("validation", self.validation.judge(stage, done, frozen | state.params))
+            if line := self.validation.judge(stage, done, frozen | state.params, stop.here):
+                self.trackers.write("validation", line)
             self.progress.paused(time.monotonic() - began)
             self.timings.start()
 
@@ -452,6 +458,11 @@ class _Run:
             f"done: {self.config.steps} steps; the model is in {target}, the report is {self.folder.out}/report.html"
         )
         return target
+
+
+def _others(params: Params, state: TrainState) -> Params:
+    """The weights that do not learn."""
+    return {name: value for name, value in params.items() if name not in state.params}
 
 
 def _shape_of(name: str) -> QwenVLConfig:

@@ -25,13 +25,12 @@ import numpy as np
 from qwenvl_jax.data.classes import SampleClass
 from qwenvl_jax.train.config import StageConfig
 from qwenvl_jax.train.optimizer import learning_rate
+from qwenvl_jax.train.refusals import naming
 from qwenvl_jax.train.step import StepOutput
 
 
-class MetricsLog:
-    """Appends a line for each step; opens by cutting off what lies behind the restored step.
-
-    A step's loss is fetched when the next step has been handed to the device, so that writing it makes nothing wait.
+class StepFile:
+    """A file of one line a step, to append to; opens by cutting off what lies behind the restored step.
 
     Args:
       path: of the file.
@@ -40,9 +39,40 @@ class MetricsLog:
 
     def __init__(self, path: str | os.PathLike, done: int):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        # No buffer: what a full disk did not take is not tried once more by `close`, whose error would hide the first.
+        self._file = self.path.open("ab", buffering=0)
         self._file.truncate(length_of(self.path, done))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line at once, so that another process sees whole lines."""
+        text = json.dumps(line).encode() + b"\n"
+        with naming(self.path):
+            while text:  # a disk that fills up takes a part
+                text = text[self._file.write(text) :]
+
+    def sync(self) -> None:
+        """Has the disk keep what was written."""
+        with naming(self.path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class MetricsLog:
+    """Appends a line for each step.
+
+    A step's loss is fetched when the next step has been handed to the device, so that writing it makes nothing wait.
+
+    Args:
+      path, done: see `StepFile`.
+    """
+
+    def __init__(self, path: str | os.PathLike, done: int):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = StepFile(path, done)
         self._pending: tuple[dict[str, Any], StepOutput, Sequence[SampleClass]] | None = None
 
     def push(
@@ -72,15 +102,13 @@ class MetricsLog:
             **_told_apart(output.sums, classes),
             **_of_experts(output.sums),
         }
-        # One write, so that another process sees whole lines.
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        self._file.write(line)
         return line
 
     def sync(self) -> None:
         """Writes what waits, and has the disk keep it: before a checkpoint says that these steps are done."""
         self.flush()
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         """Closes the file; a waiting line is not written."""

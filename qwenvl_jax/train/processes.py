@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax.train.refusals import refusal
 
 # A process that gave no sign of life for so long is lost, and the others end: a run must stop within a minute.
 HEARTBEAT_SECONDS = 30
@@ -228,6 +229,8 @@ def _told(error: BaseException) -> tuple[int, str]:
     first = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, QwenVLError):
         return 2, " ".join(str(error).split())
+    if line := refusal(error):
+        return 2, line
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, jax.errors.JaxRuntimeError):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.data.failure import Failure
+from qwenvl_jax.train.refusals import naming
 
 FILE = "quarantine.jsonl"
 
@@ -33,14 +34,15 @@ class Quarantine:
         self._known = {(line["stage"], line["sample"]): Failure(line["sample"], line["reason"]) for line in lines}
         temporary = self.path.with_name(f".{FILE}.new")
         if lines or self.path.exists():
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            with naming(self.path):
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
             os.replace(temporary, self.path)
 
     def add(self, stage: str, step: int, failures: Sequence[Failure]) -> list[Failure]:
         """Writes down the samples that a step could not use; returns those that are new."""
         new = [failure for failure in failures if (stage, failure.sample) not in self._known]
         if new:
-            with self.path.open("a") as file:
+            with naming(self.path), self.path.open("a") as file:
                 for failure in new:
                     self._known[stage, failure.sample] = failure
                     file.write(json.dumps(_line(stage, step, failure)) + "\n")

@@ -21,7 +21,6 @@ adapter/         what a run with adapters learnt, in PEFT's format
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
 import os
@@ -36,6 +35,7 @@ from etils import epath
 
 from qwenvl_jax.errors import ConfigError, QwenVLError
 from qwenvl_jax.train.processes import Processes
+from qwenvl_jax.train.refusals import naming, refusal
 
 # Stores that both Orbax and etils write to.
 _STORES = ("gs", "s3")
@@ -43,8 +43,6 @@ _STORES = ("gs", "s3")
 _LAST = ("config.json", "adapter_config.json")
 # What has a folder of its own for each kind and is never looked at again.
 _KEPT_THERE = ("checkpoints", "model", "adapter")
-# What an operating system or a store refuses for reasons that the user can mend.
-_SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ESTALE}
 
 
 @dataclasses.dataclass
@@ -239,13 +237,10 @@ def _refusals_told(out) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _SURROUNDINGS:
+        line = refusal(error, out)
+        if line is None:
             raise
-        where = error.filename or out
-        raise ConfigError(
-            f"{where} cannot be written ({error.strerror}); make room or give leave, and start the same command again: "
-            "the run continues from its latest checkpoint."
-        ) from error
+        raise ConfigError(line) from error
 
 
 @contextlib.contextmanager
@@ -295,20 +290,32 @@ def check(folder: RunFolder, fingerprint: Mapping[str, str]) -> None:
         raise ConfigError(f"{path} is damaged ({error}); choose another output folder, or remove this one.") from error
     for name in {**fingerprint, **found}:
         unread = name.endswith(".digest") and name not in fingerprint
-        if fingerprint.get(name) != found.get(name) and not unread:
+        if fingerprint.get(name) == found.get(name) or unread:
+            continue
+        if name.endswith(".digest") and name in found:
             raise ConfigError(
-                f"{folder.out} holds a run with {name}={found.get(name)}, this one has {fingerprint.get(name)}; choose "
-                "another output folder, or the old setting."
+                f"{folder.out} holds a run over other data: {name} differs, so records or media of that stage were "
+                "changed, added or have gone since it began; put them back as they were, or choose another output "
+                "folder."
             )
+        raise ConfigError(
+            f"{folder.out} holds a run with {name}={found.get(name)}, this one has {fingerprint.get(name)}; choose "
+            "another output folder, or the old setting."
+        )
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with naming(path), temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Stopping a run by a signal, so that every process stops after the same step and a checkpoint of it is written."""
+"""Stopping a run by a signal, so that every process stops at the same place and a checkpoint of it is written."""
 
 import contextlib
 import json
@@ -10,11 +10,12 @@ from qwenvl_jax.train.processes import Processes
 
 
 class Stop:
-    """Whether a run is asked to stop, and after which step.
+    """Whether a run is asked to stop, and where.
 
-    A signal may reach some processes and not others, and never all at the same moment. So each says how many steps it
-    has begun, waits before the next one until all have said it, and stops after the most that any has begun: no process
-    waits on devices for a step that another will not take, and none takes a step more than it must.
+    The work of a run is one sequence of pieces, the same in all processes: steps, and within validation, batches and
+    tokens. A signal may reach some processes and not others, and never all at the same moment. So each says how many
+    pieces it has begun, waits before the next one until all have said it, and stops after the most that any has begun:
+    no process waits on devices for a piece that another will not take, and none takes one more than it must.
 
         process 0   1 2 3 4 |signal                  4 begun                     stop after 5
         process 1   1 2 3 4 5 |told by process 0     5 begun    4 and 5: five    stop after 5
@@ -29,16 +30,19 @@ class Stop:
         self._begun, self._last = 0, -1
         self._asked = False
 
-    def after(self, done: int) -> bool:
-        """Whether the run stops after these steps; if not, the next one counts as begun."""
+    def here(self) -> bool:
+        """Whether the run stops here, and from then on everywhere; if not, the next piece counts as begun.
+
+        To be asked at the same places by all processes.
+        """
         with self._changed:
-            if not self._asked:
-                self._begun = max(self._begun, done + 1)
-                return False
-            # In pieces, so that a second signal is seen to.
-            while self._last < 0:
+            # One second at a time, so that a second signal is seen to.
+            while self._asked and self._last < 0:
                 self._changed.wait(1.0)
-            return done >= self._last
+            if self._asked and self._begun >= self._last:
+                return True
+            self._begun += 1
+            return False
 
     def ask(self) -> None:
         """Asks all processes to stop."""
@@ -49,7 +53,7 @@ class Stop:
             self._processes.tell("stop", "asked")
 
     def agree(self, _: str = "") -> None:
-        """Finds the last step with the other processes, once one of them asked."""
+        """Finds the last piece with the other processes, once one of them asked."""
         with self._changed:
             self._asked = True
             begun = self._begun
@@ -59,7 +63,7 @@ class Stop:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Lets go of others that ask when this process has taken its last step, which was the last of the run."""
+        """Lets go of others that ask when this process has done its last piece, which was the last of the run."""
         if self._processes.count > 1 and self._last < 0:
             text = str(self._begun)
             index = self._processes.index

@@ -14,7 +14,6 @@
 
 import collections
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import jax
 
 from qwenvl_jax.flops import Work, utilization
-from qwenvl_jax.train.metrics import each_line, length_of
+from qwenvl_jax.train.metrics import StepFile, each_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +55,7 @@ class TimingLog:
 
     def __init__(self, path: str | os.PathLike, done: int, *, started: float, devices: Sequence[jax.Device]):
         self.path = Path(path)
-        self._file = self.path.open("ab")
-        self._file.truncate(length_of(self.path, done))
+        self._file = StepFile(path, done)
         self._started, self._devices = started, devices
         self._useful = sum(line["seconds"] - line["wait"] for line in each_line(self.path) if "seconds" in line)
         self._last, self._wait = time.monotonic(), 0.0
@@ -99,8 +97,7 @@ class TimingLog:
             line["mfu"] = round(timing.mfu, 4)
         line |= self._memory()
         line["goodput"] = round(self._useful / max(time.time() - self._started, self._useful, 1e-9), 4)
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        self._file.write(line)
         return line, timing
 
     def _memory(self) -> dict[str, int]:

@@ -10,7 +10,6 @@ often the run was stopped.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from qwenvl_jax.generate import generate
 from qwenvl_jax.parallel.placement import shard_batch
 from qwenvl_jax.train.config import StageConfig, TrainConfig
 from qwenvl_jax.train.curriculum import Stage
-from qwenvl_jax.train.metrics import finite, length_of, read_metrics
+from qwenvl_jax.train.metrics import StepFile, finite, read_metrics
 from qwenvl_jax.train.state import ModelParts, Params
 from qwenvl_jax.train.step import make_loss, normalised_weights
 
@@ -138,13 +137,10 @@ class Validation:
         say: Callable[[str], None],
     ):
         self.path = Path(path)
-        self._file = self.path.open("ab")
-        self._file.truncate(length_of(self.path, done))
+        self._file = StepFile(path, done)
         self._known = {line["step"] for line in read_metrics(self.path)}
         self._held_out, self._parts, self._say = held_out, parts, say
         self._compiled: tuple[int, Any] | None = None
-        if jax.process_count() > 1 and any(one.asked for of_stage in held_out for one in of_stage):
-            say("validation: a run of several processes tells losses, but answers no samples")
 
     def due(self, stage: Stage, done: int) -> bool:
         """Whether the model is to be judged after `done` steps of the run: at each interval and at the stage's end."""
@@ -152,37 +148,49 @@ class Validation:
             return False
         return done == stage.end or (done - stage.begin) % stage.config.validation.every == 0
 
-    def judge(self, stage: Stage, done: int, params: Params) -> dict[str, Any]:
-        """Judges the model with these weights, all of them; writes and returns the line."""
+    def judge(
+        self, stage: Stage, done: int, params: Params, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any] | None:
+        """Judges the model with these weights, all of them; writes and returns the line.
+
+        Args:
+          stop: asked before each batch and each token; once it says True nothing is written and None returned, so that
+            the step is still due when the run goes on. See `qwenvl_jax.train.stopping.Stop.here`.
+        """
         line: dict[str, Any] = {"step": done, "stage": stage.config.name, "losses": {}}
-        for one in self._held_out[stage.index]:
-            line["losses"][one.name] = self._loss(stage, one, params)
-        line["answers"] = [
-            answer for one in self._held_out[stage.index] for answer in self._answers(one, stage.config, params)
-        ]
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        held_out = self._held_out[stage.index]
+        try:
+            for one in held_out:
+                line["losses"][one.name] = self._loss(stage, one, params, stop)
+            line["answers"] = [answer for one in held_out for answer in self._answers(one, stage.config, params, stop)]
+        except _Stopped:
+            self._say(f"{stage.config.name} step {done}: asked to stop; validation is left to the run that goes on")
+            return None
+        self._file.write(line)
+        self._file.sync()
         self._known.add(done)
         told = "  ".join(f"{name} {'none' if loss is None else f'{loss:.4f}'}" for name, loss in line["losses"].items())
         self._say(f"{stage.config.name} step {done}: validation loss  {told}")
         return line
 
-    def _loss(self, stage: Stage, one: HeldOut, params: Params) -> float | None:
+    def _loss(self, stage: Stage, one: HeldOut, params: Params, stop: Callable[[], bool]) -> float | None:
         """The weighted mean over the learnt tokens of all batches."""
-        sums = []
+        sums: list[tuple[jax.Array, jax.Array]] = []
         for number in range(one.batches):
+            _go_on_unless(stop)
             batch = shard_batch(one.loader(number).batch, self._parts.mesh, self._parts.rules)
             if self._compiled is None or self._compiled[0] != stage.index:
                 evaluate = jax.jit(make_evaluation(self._parts, stage.config))
                 self._compiled = stage.index, evaluate.lower(params, batch).compile()
+            # A batch is computed while the next is made, and no more wait in line: a stop would wait for them.
+            jax.block_until_ready(sums[-1:])
             sums.append(self._compiled[1](params, batch))
         loss, weight = (sum(float(value) for value in values) for values in zip(*sums, strict=True))
         return finite(loss / weight) if weight else None
 
-    def _answers(self, one: HeldOut, stage: StageConfig, params: Params) -> list[dict[str, str]]:
-        if jax.process_count() > 1:  # `generate` reads its tokens on one host
-            return []
+    def _answers(
+        self, one: HeldOut, stage: StageConfig, params: Params, stop: Callable[[], bool]
+    ) -> list[dict[str, str]]:
         # Those that are asked alike go together, the same ones each time, so that nothing is compiled anew.
         alike: dict[str, list[Record]] = {}
         for record in one.asked:
@@ -192,6 +200,7 @@ class Validation:
         for records in alike.values():
             pairs = [pair for record in records if (pair := question_and_truth(record)) is not None]
             for record in records:
+                _go_on_unless(stop)
                 if record.fetch is not None:
                     record.fetch()
             answers = generate(
@@ -199,8 +208,10 @@ class Validation:
                 one.processor,
                 [messages for messages, _ in pairs],
                 stage.validation.max_new_tokens,
+                interrupted=stop,
                 **records[0].options,
             )
+            _go_on_unless(stop)
             found += [
                 {
                     "data": one.name,
@@ -216,6 +227,15 @@ class Validation:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class _Stopped(Exception):
+    """The run is asked to stop."""
+
+
+def _go_on_unless(stop: Callable[[], bool]) -> None:
+    if stop():
+        raise _Stopped
 
 
 def make_evaluation(parts: ModelParts, stage: StageConfig) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from qwenvl_jax.data.mixture import MixturePart
-from qwenvl_jax.train.config import TrainConfig, ValidationConfig
+from qwenvl_jax.train.config import MeshConfig, TrainConfig, ValidationConfig
+from tests.train.several import several_config
 from tests.train.tiny_run import tiny_config, write_records, write_tiny_run
 
 CONFIG = """\
@@ -20,7 +21,7 @@ def get_config():
 def write_judged_run(folder: Path, clip: Path) -> None:
     """The data of a tiny run, and two data sets beside it: clips, and words of which one record has two turns.
 
-    `judged.py` is its config, `plain.py` that of the run without validation.
+    `judged.py` is its config, `plain.py` that of the run without validation, `several.py` that for several processes.
     """
     write_tiny_run(folder, clip)
     clips = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()[:2]]
@@ -30,6 +31,8 @@ def write_judged_run(folder: Path, clip: Path) -> None:
     write_records(folder / "held-words.jsonl", words)
     for name, changes in (("judged", ""), ("plain", "data=()")):
         (folder / f"{name}.py").write_text(CONFIG.format(folder=str(folder), changes=changes))
+    several = CONFIG.format(folder=str(folder), changes="").replace("judged_config", "judged_by_several_config")
+    (folder / "several.py").write_text(several)
 
 
 def judged_config(folder: str | Path, **changes) -> TrainConfig:
@@ -39,6 +42,13 @@ def judged_config(folder: str | Path, **changes) -> TrainConfig:
     config = tiny_config(folder)
     stage = dataclasses.replace(config.stages[1], validation=ValidationConfig(**settings))
     return dataclasses.replace(config, stages=(stage,), checkpoint_every=3)
+
+
+def judged_by_several_config(folder: str | Path) -> TrainConfig:
+    """The same stage, with batches that several processes can share, over all their devices."""
+    config = judged_config(folder)
+    stage = dataclasses.replace(config.stages[0], batch=several_config(folder).stages[0].batch)
+    return dataclasses.replace(config, stages=(stage,), mesh=MeshConfig())
 
 
 def _record(name: str, *turns: tuple[str, str]) -> dict:

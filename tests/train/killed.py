@@ -4,18 +4,21 @@
 
 MOMENT: `SIGKILL:step:5` when the fifth line of the metrics is written; `SIGKILL:save:2` while the second checkpoint of
 this process is being written, after its arrays and before it is whole; `SIGKILL:export:1` when the model is written but
-not yet in its place. SIGTERM likewise. `SIGKILL:step:5:1` does so in process 1 of several alone.
+not yet in its place; `SIGKILL:batch:3` at the third batch that the model is judged by, `SIGKILL:token:9` at the ninth
+token of answers, the first of each left out. SIGTERM likewise, and it is heard before the run goes on.
+`SIGKILL:step:5:1` does so in process 1 of several alone.
 """
 
 import os
 import signal
 import sys
+import time
 
 import orbax.checkpoint as ocp
 
 from qwenvl_jax import cli
 from qwenvl_jax.models import pretrained
-from qwenvl_jax.train import metrics
+from qwenvl_jax.train import metrics, validation
 
 
 def main(moment: str, *arguments: str) -> int:
@@ -30,6 +33,7 @@ def main(moment: str, *arguments: str) -> int:
         count += 1
         if count == int(number):
             os.kill(os.getpid(), signal.Signals[name])
+            time.sleep(1)  # a thread passes the signal on
 
     def after(owner, attribute: str) -> None:
         original = getattr(owner, attribute)
@@ -46,6 +50,10 @@ def main(moment: str, *arguments: str) -> int:
         after(metrics.MetricsLog, "flush")
     elif kind == "save":
         after(ocp.StandardCheckpointHandler, "finalize")
+    elif kind == "batch":
+        after(validation, "shard_batch")
+    elif kind == "token":
+        after(sys.modules["qwenvl_jax.generate"], "_next")
     else:
         after(pretrained, "save")
     return cli.main(["train", *arguments])

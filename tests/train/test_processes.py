@@ -176,7 +176,7 @@ def test_all_stop_after_the_same_step(three, seed):
         stop = Stop(processes[index])
         with processes[index].watched("stop", stop.agree):
             done = 0
-            while done < 100 and not stop.after(done):
+            while done < 100 and not stop.here():
                 begun[index] = done = done + 1
                 if index == asks and done == 20:
                     at["asked"] = max(begun)
@@ -199,8 +199,8 @@ def test_a_question_after_the_last_step_holds_nobody(three):
     def work(index):
         stop = Stop(processes[index])
         with processes[index].watched("stop", stop.agree):
-            for done in range(5):
-                assert not stop.after(done)
+            for _ in range(5):
+                assert not stop.here()
             if index == 1:
                 stop.ask()
             stop.close()

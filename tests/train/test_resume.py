@@ -120,7 +120,7 @@ def test_other_data_is_refused(config, whole, tmp_path, clip):
     other = write_tiny_run(tmp_path, clip)
     data = tmp_path / "data.jsonl"
     data.write_text(data.read_text().replace("red circle", "red square"))
-    with pytest.raises(ConfigError, match=r"stages\.0\.data\.digest"):
+    with pytest.raises(ConfigError, match=r"other data: stages\.0\.data\.digest differs"):
         train_command(str(other), out=str(whole))
 
 
