@@ -113,6 +113,7 @@ def one_machine_slurm(
             if command[0] == "munged":
                 _wait(lambda: (folder / "munge.socket").exists(), folder)
         _wait(lambda: _up(environment), folder)
+        stack.callback(_end_jobs, environment)
         yield environment
 
 
@@ -129,6 +130,17 @@ def _kept(command: list[str], environment: dict[str, str], said: Path) -> Iterat
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _end_jobs(environment: dict[str, str]) -> None:
+    """Kills what still runs: tasks outlive the daemons."""
+    user = f"--user={getpass.getuser()}"
+    for command in (["scancel", "--full", "--signal=KILL", user], ["scancel", user]):
+        subprocess.run(command, env=environment, capture_output=True, check=False, timeout=60)
+    deadline = time.monotonic() + 20
+    listing = ["squeue", "--noheader"]
+    while time.monotonic() < deadline and subprocess.run(listing, env=environment, capture_output=True).stdout:
+        time.sleep(0.5)
 
 
 def _up(environment: dict[str, str]) -> bool:
