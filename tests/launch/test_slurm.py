@@ -122,7 +122,7 @@ class Job:
             f'fi\nexec {sys.executable} "$@"\n'
         )
         python.chmod(0o755)
-        given = environment(config.parent / "cache", QWENVL_JAX_PYTHON=str(python), PAUSE_SECONDS="0")
+        given = environment(QWENVL_JAX_PYTHON=str(python), PAUSE_SECONDS="0")
         given |= {name: slurm[name] for name in ("PATH", "SLURM_CONF")}
         command = ["--ntasks=2", f"--output={self.log}", SCRIPT, config, "--out", self.out, *arguments]
         self.number = submit(given, *command, "--checkpoint_every", "1", cwd=ROOT)
