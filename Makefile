@@ -65,6 +65,7 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh .ci/run
 	$(BIN)/pre-commit validate-config
 
 # The slow tests are left out, as in `make test`. Failures are recorded too; the page says so.

@@ -29,6 +29,7 @@ fi
 
 children=()
 stopped=
+# shellcheck disable=SC2317,SC2329 # called by the trap
 stop() {
   stopped=yes
   ((${#children[@]} == 0)) || kill -TERM "${children[@]}" 2>/dev/null

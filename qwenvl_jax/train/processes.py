@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,11 +21,14 @@ import jax
 import numpy as np
 
 from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax.train import clusters
 from qwenvl_jax.train.refusals import refusal
 
 # A process that gave no sign of life for so long is lost, and the others end: a run must stop within a minute.
 HEARTBEAT_SECONDS = 30
-_ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# Hosts start minutes apart; whoever looks at the log may want to know sooner.
+_JOIN_SECONDS = 300
+_PATIENCE_SECONDS = 30
 # Waiting is done in pieces, between which Python sees to signals.
 _PIECE_MS = 1000
 _FOREVER_MS = 10**9
@@ -34,51 +38,75 @@ _runs = itertools.count()
 
 
 def join() -> None:
-    """Joins the other processes of a run, where the environment says that there are some.
+    """Joins the other processes of a run, where the environment says that there are some; see `clusters`.
 
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so, or a cluster that JAX knows (TPU pods,
-    Slurm, Open MPI, Kubernetes: see `jax.distributed.initialize`). To be called before JAX looks for devices.
+    Slurm, Open MPI, Kubernetes: see `jax.distributed.initialize`). To be called before JAX looks for devices; a program
+    that used JAX before has joined or not.
 
     Raises:
-      ConfigError: variables that are missing or no numbers, or a coordinator that cannot be reached.
+      ConfigError: variables that are missing or no numbers, or one of several processes that cannot find the others.
+
+    Where others do not come, JAX ends this process by SIGABRT, so that whoever started it may try again.
     """
-    if jax.distributed.is_initialized():
+    if jax.distributed.is_initialized() or _jax_in_use():
         return
-    given = {name: os.environ[name] for name in (_ADDRESS, _COUNT, _INDEX) if os.environ.get(name)}
-    arguments: dict[str, Any] = {}
-    if _COUNT in given or _INDEX in given:
-        missing = [name for name in (_ADDRESS, _COUNT, _INDEX) if name not in given]
-        if missing:
-            raise ConfigError(
-                f"{' and '.join(given)} are set, but {' and '.join(missing)} not; a run of several processes needs "
-                "all three."
-            )
-        count, index = _number(_COUNT, given), _number(_INDEX, given)
-        if not 0 <= index < count:
-            raise ConfigError(f"{_INDEX}={index} must be from 0 to {count - 1}, since {_COUNT}={count}.")
-        # Given in full, so that no cluster is looked for and each process keeps all devices that it sees.
-        arguments = {"num_processes": count, "process_id": index, "cluster_detection_method": "deactivate"}
-        arguments["coordinator_address"] = given[_ADDRESS]
-    try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except ValueError as error:
-        if arguments:
-            raise ConfigError(f"{_ADDRESS}={given[_ADDRESS]} cannot be used ({error}); give host:port.") from error
-        # No cluster: a run of one process.
-    except RuntimeError as error:
-        if arguments or _ADDRESS in given:
-            raise ConfigError(
-                f"the processes of the run did not find each other at {_ADDRESS}={given[_ADDRESS]} "
-                f"({str(error).splitlines()[0]}); start all of them, with the same address."
-            ) from error
-        # JAX was in use before, by a program that calls this one: it has joined or not.
+    arguments = clusters.arguments(os.environ)
+    if arguments is None:
+        return
+    if _initialize(arguments):
+        _end_by_sigterm()
+    else:
+        clusters.check_alone(os.environ)
 
 
-def _number(name: str, given: Mapping[str, str]) -> int:
+def _initialize(arguments: Mapping[str, Any]) -> bool:
+    """Has JAX join the processes; whether it found that there are any."""
+    times = {"initialization_timeout": _JOIN_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    patience = threading.Timer(_PATIENCE_SECONDS, _tell_waiting)
+    patience.daemon = True
+    patience.start()
     try:
-        return int(given[name])
+        jax.distributed.initialize(**{**arguments, **times})
     except ValueError:
-        raise ConfigError(f"{name}={given[name]!r} must be a whole number.") from None
+        if arguments:
+            raise
+        return False
+    except ModuleNotFoundError as error:
+        # JAX asks the machine's metadata with it, on TPU VMs.
+        raise ConfigError(
+            f"the other hosts of this TPU slice are found with the package {error.name}, which is not installed; "
+            "pip install 'qwenvl_jax[tpu]'."
+        ) from error
+    finally:
+        patience.cancel()
+    return True
+
+
+def _tell_waiting() -> None:
+    """Says whom this process waits for: JAX says it only when it ends the process, and not in these words."""
+    state = _state()
+    others = f"process 0 at {state.coordinator_address}" if state.process_id else "the others"
+    print(
+        f"qwenvl-jax: process {state.process_id} waits for {others}; it ends after {_JOIN_SECONDS} s. Every process of "
+        f"the run has to be started, and to reach {state.coordinator_address}.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _end_by_sigterm() -> None:
+    """Has SIGTERM interrupt the process where no step is under way.
+
+    JAX's coordination service listens to it, for a use that is not ours, and a process that still reads its data or its
+    weights would not end.
+    """
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():  # Python lets no other listen
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 class Processes:
@@ -226,7 +254,7 @@ class Processes:
 
 def _told(error: BaseException) -> tuple[int, str]:
     """Exit status and line of an error."""
-    first = (str(error).strip().splitlines() or [""])[0]
+    first = _first_line(error)
     if isinstance(error, QwenVLError):
         return 2, " ".join(str(error).split())
     if line := refusal(error):
@@ -238,11 +266,27 @@ def _told(error: BaseException) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {first}"
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _client() -> Any:
-    """JAX's connection to its coordination service, which has no public name; Orbax uses it alike."""
+    """JAX's connection to its coordination service."""
+    return _state().client
+
+
+def _state() -> Any:
+    """What JAX knows of the processes it joined, which has no public name; Orbax uses it alike."""
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
+
+
+def _jax_in_use() -> bool:
+    """Whether JAX has looked for devices, after which it joins no others; this has no public name either."""
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
 
 
 def first_of_each(parts: Sequence[int]) -> list[int]:

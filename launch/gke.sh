@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Trains on TPU slices of a GKE cluster, as a JobSet (launch/jobset.yaml).
+#
+#     NAME=qwen IMAGE=REPOSITORY/qwenvl_jax ACCELERATOR=tpu-v5p-slice TOPOLOGY=4x4x4 \
+#       launch/gke.sh train CONFIG --out gs://BUCKET/DIR [--key value ...]
+#     NAME=qwen launch/gke.sh log       # of the first pod, as it grows
+#     NAME=qwen launch/gke.sh status    # whether it runs, how often it was started
+#     NAME=qwen launch/gke.sh delete    # stops it, with a checkpoint, and removes it; `train` again continues
+#     ... launch/gke.sh print CONFIG ...    # what `train` would send, and sends nothing
+#
+# IMAGE is made from launch/Dockerfile and has CONFIG in it. The cluster, which kubectl points to, has JobSet 0.10 or newer
+# and node pools of that accelerator and topology; `gcloud container clusters get-credentials` points kubectl to it.
+#
+# Variables, with their defaults:
+#   NAME               of the JobSet, to be given; up to 40 small letters, digits and dashes
+#   IMAGE, ACCELERATOR (tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice, tpu7x), TOPOLOGY   to be given to `train`
+#   SLICES=1           so many slices of that topology in one run
+#   CHIPS_PER_HOST=4   of the machine type; 8 for ct5lp-hightpu-8t and ct6e-standard-8t, 1 for -1t
+#   NAMESPACE=default  SERVICE_ACCOUNT=default (of Kubernetes; it needs to read and write the bucket)
+#   RESTARTS=20        after a pod died; preemptions are not counted
+#   GRACE_SECONDS=300  between SIGTERM and SIGKILL
+set -uo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+say() { echo "launch/gke.sh: $*" >&2; }
+fail() { say "$*"; exit 2; }
+usage() { sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+given() { # name, example
+  [[ -n "${!1:-}" ]] || fail "$1 is not set; for example $1=$2"
+}
+number() { # name
+  [[ "${!1}" =~ ^[1-9][0-9]*$ ]] || fail "$1=${!1} must be a whole number, at least 1"
+}
+
+command="${1:-}"
+case "$command" in
+  --help | -h) usage; exit 0 ;;
+  train | print | log | status | delete) shift ;;
+  *) usage >&2; fail "what to do? train, print, log, status or delete" ;;
+esac
+given NAME qwen
+# shellcheck disable=SC2153 # variables in capitals come from the environment
+[[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+  fail "NAME=$NAME must be up to 40 small letters, digits and dashes, and begin with a letter"
+NAMESPACE="${NAMESPACE:-default}"
+[[ "$command" == print ]] || command -v kubectl >/dev/null ||
+  fail "kubectl is not installed; see https://kubernetes.io/docs/tasks/tools"
+kube() { kubectl --namespace="$NAMESPACE" "$@"; }
+label=jobset.sigs.k8s.io
+
+case "$command" in
+  log)
+    kube logs --follow --tail=100 \
+      --selector="$label/jobset-name=$NAME,$label/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    exit
+    ;;
+  status) kube get jobset "$NAME"; kube get pods --selector="$label/jobset-name=$NAME"; exit ;;
+  delete) kube delete jobset "$NAME"; exit ;;
+esac
+
+given IMAGE europe-docker.pkg.dev/PROJECT/REPOSITORY/qwenvl_jax
+given ACCELERATOR tpu-v5p-slice
+given TOPOLOGY 4x4x4
+[[ "$TOPOLOGY" =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || fail "TOPOLOGY=$TOPOLOGY must be as 4x4 or 4x4x4"
+[[ "${1:-}" == *.py ]] || fail "which config? For example: launch/gke.sh $command configs/pretrain/s1.py --out gs://BUCKET/s1"
+# A pod's disk goes with it.
+[[ " $* " == *" --out gs://"* || " $* " == *" --out=gs://"* ]] || fail "give --out gs://BUCKET/DIR: pods share no disk"
+SLICES="${SLICES:-1}" CHIPS_PER_HOST="${CHIPS_PER_HOST:-4}" RESTARTS="${RESTARTS:-20}"
+GRACE_SECONDS="${GRACE_SECONDS:-300}" SERVICE_ACCOUNT="${SERVICE_ACCOUNT:-default}"
+number SLICES
+number CHIPS_PER_HOST
+number RESTARTS
+number GRACE_SECONDS
+chips=$((${TOPOLOGY//x/*}))
+((chips % CHIPS_PER_HOST == 0)) ||
+  fail "TOPOLOGY=$TOPOLOGY has $chips chips, which is no multiple of CHIPS_PER_HOST=$CHIPS_PER_HOST"
+HOSTS=$((chips / CHIPS_PER_HOST))
+
+quoted() { # as YAML's double quotes want it
+  local text="${1//\\/\\\\}"
+  text="${text//\"/\\\"}"
+  printf '"%s"' "${text//$'\n'/\\n}"
+}
+ARGUMENTS='['
+for argument; do ARGUMENTS+="$(quoted "$argument"), "; done
+ARGUMENTS="${ARGUMENTS%, }]"
+
+manifest="$(<"$here/jobset.yaml")"
+for name in NAME NAMESPACE IMAGE ACCELERATOR TOPOLOGY SERVICE_ACCOUNT; do
+  manifest="${manifest//"\${$name}"/"$(quoted "${!name}")"}"
+done
+for name in RESTARTS SLICES HOSTS GRACE_SECONDS CHIPS_PER_HOST ARGUMENTS; do
+  manifest="${manifest//"\${$name}"/"${!name}"}"
+done
+
+if [[ "$command" == print ]]; then
+  echo "$manifest"
+  exit
+fi
+kube create -f - <<<"$manifest" ||
+  fail "nothing was started; of a run that is there already: NAME=$NAME launch/gke.sh status, or delete"
+say "$((SLICES * HOSTS)) pods are asked for. The log: NAME=$NAME NAMESPACE=$NAMESPACE launch/gke.sh log"
+say "they are paid for until they end, or until: NAME=$NAME NAMESPACE=$NAMESPACE launch/gke.sh delete"
