@@ -27,10 +27,11 @@ def search(cell: Cell, first: Layout, tries: int, *, say: Callable[[str], None])
         said = f"{(held.total or 0) / 2**30:.2f} GiB" if held.fits else "does not fit"
         say(f"{number} of {tries}: {layout.arguments()}: {said}, bound {plan.ranked_seconds:.3g} s")
         plans.append(plan)
-    return sorted(plans, key=_rank)
+    return sorted(plans, key=rank)
 
 
-def _rank(plan: Plan) -> tuple[bool, float]:
+def rank(plan: Plan) -> tuple[bool, float]:
+    """What plans of a cell are sorted by: what fits by its bounds, what does not by how much it is too large."""
     return not plan.memory.fits, plan.ranked_seconds if plan.memory.fits else plan.memory.excess
 
 
