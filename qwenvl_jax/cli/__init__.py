@@ -240,7 +240,8 @@ def _add_plan(commands) -> None:
     parser = commands.add_parser(
         "plan",
         help="what a stage takes on a TPU slice, compiled without having one",
-        usage=f"{PROG} plan CONFIG --topology SLICE [--model NAME] [--stage NAME] [--json] [--search N] [--key value]",
+        usage=f"{PROG} plan CONFIG --topology SLICE [--model NAME] [--stage NAME] [--json] [--quick] [--search N] "
+        "[--key value ...]",
         description="Compiles the step that `train` would run for a TPU slice that need not be there: memory, FLOPs,\n"
         "what devices exchange, and the bounds that follow on time. Needs libtpu: pip install 'qwenvl_jax[tpu]'.",
         epilog=f"""examples:
@@ -256,6 +257,7 @@ told. Exit status 1 means that a stage does not fit.""",
     parser.add_argument("--model", metavar="NAME", help="in place of the config's: a preset, a folder or a hub id")
     parser.add_argument("--stage", metavar="NAME", help="of the config's stages the one of this name; default: all")
     parser.add_argument("--json", action="store_true", help="as JSON; bytes are those of a device")
+    parser.add_argument("--quick", action="store_true", help="stop once memory is assigned: no code is generated")
     parser.add_argument("--search", metavar="N", type=int, default=0, help="try N meshes and remat policies, rank them")
     parser.set_defaults(work=_plan, overrides=[])
 
@@ -271,6 +273,7 @@ def _plan(options: argparse.Namespace) -> int:
         stage=options.stage,
         as_json=options.json,
         tries=options.search,
+        quick=options.quick,
     )
 
 

@@ -14,10 +14,9 @@ import jax
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import QwenVLError
 from qwenvl_jax.flops import Work, step_flops
-from qwenvl_jax.parallel.mesh import AXES
 from qwenvl_jax.parallel.placement import Execution, Remat
 from qwenvl_jax.plan import compiling
-from qwenvl_jax.plan.hlo import exchanges
+from qwenvl_jax.plan.dump import sent_bytes
 from qwenvl_jax.train import program
 from qwenvl_jax.train.adapters import make_parts
 from qwenvl_jax.train.devices import mesh_of
@@ -29,7 +28,7 @@ def main(folder: Path) -> None:
 
     request = pickle.loads((folder / compiling.REQUEST).read_bytes())
     try:
-        result = dataclasses.asdict(compiled(request, folder / compiling.DUMP))
+        result = dataclasses.asdict(compiled(request, folder))
     except QwenVLError as error:
         result = {"error": str(error)}
     (folder / compiling.RESULT).write_text(json.dumps(result))
@@ -70,17 +69,19 @@ def made_again(model: QwenVLConfig, work: Work, learning: Collection[str], remat
     return {"none": 0, "products": attention, "attention": whole - attention}.get(remat, whole)
 
 
-def compiled(request: compiling.Request, dump: Path) -> compiling.Compiled:
+def compiled(request: compiling.Request, folder: Path) -> compiling.Compiled:
     """Compiles a request.
 
     Args:
-      dump: a new folder for what the compiler writes.
+      folder: for facts that are known before, and for what the compiler writes.
     """
     # As in a run; tests are stricter.
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     began = time.monotonic()
     step, facts = traced_step(request, devices_of(request.topology))
     lowered = step.lower()
+    (folder / compiling.FACTS).write_text(json.dumps(facts))
+    dump = folder / compiling.DUMP
     # Where to write changes nothing in the program.
     options = {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True}
     memory, needed = None, None
@@ -93,8 +94,7 @@ def compiled(request: compiling.Request, dump: Path) -> compiling.Compiled:
         if needed is None:
             raise
     seconds = time.monotonic() - began
-    sizes = dict(zip(AXES, (getattr(request.config.mesh, axis) for axis in AXES), strict=True))
-    sent, unknown = sent_bytes(dump, tuple(sizes.values()))
+    sent, unknown = sent_bytes(dump, compiling.mesh_shape(request))
     found = {
         "arguments": "argument_size_in_bytes",
         "temporaries": "temp_size_in_bytes",
@@ -113,19 +113,6 @@ def devices_of(topology: str) -> list[jax.Device]:
     from jax.experimental import topologies
 
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-
-
-def sent_bytes(dump: Path, mesh_shape: tuple[int, ...]) -> tuple[dict[str, int] | None, int]:
-    """What a device sends by mesh axes and kind, from what the compiler wrote, and how many loops it does not know."""
-    files = sorted(dump.glob("*jit_step*.after_optimizations.txt"))
-    if not files:
-        return None, 0
-    found, sent = exchanges(files[-1].read_text()), dict[str, int]()
-    for exchange, count in found.counts.items():
-        axes = "+".join(AXES[axis] for axis in exchange.axes(mesh_shape))
-        key = f"{axes} {exchange.kind}"
-        sent[key] = sent.get(key, 0) + exchange.sent * count
-    return {key: sent[key] for key in sorted(sent, key=lambda key: -sent[key]) if sent[key]}, found.unknown_loops
 
 
 def _bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:

@@ -4,6 +4,7 @@ In a process of its own: libtpu wants environment variables that other code must
 prints is for its developers.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -13,10 +14,13 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax.parallel.mesh import AXES
+from qwenvl_jax.plan import dump
 from qwenvl_jax.plan.assumed import Assumed
 from qwenvl_jax.train.config import TrainConfig
 
@@ -28,7 +32,8 @@ _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-REQUEST, RESULT, DUMP = "request.pickle", "result.json", "dump"
+REQUEST, FACTS, RESULT, DUMP = "request.pickle", "facts.json", "result.json", "dump"
+_PATIENCE = 0.5  # seconds between two looks at how far the compiler is
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -86,26 +91,55 @@ def check_libtpu() -> None:
         raise ConfigError("plans are compiled by libtpu, which is not installed: pip install 'qwenvl_jax[tpu]'.")
 
 
-def compile_step(request: Request) -> Compiled:
+def compile_step(request: Request, *, quick: bool = False) -> Compiled:
     """Compiles in another process.
+
+    Args:
+      quick: stop it once all buffers have their memory. What it would do then, to generate code, takes most of the time
+        and changes none of the figures; but a kernel that does not fit the fast memory would fail there.
 
     Raises:
       QwenVLError: what that process found wrong with the settings, or that it ended before it was done.
     """
-    with tempfile.TemporaryDirectory(prefix="qwenvl-plan-") as name:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="qwenvl-plan-") as name, (Path(name) / "log").open("w+b") as log:
         folder = Path(name)
         (folder / REQUEST).write_bytes(pickle.dumps(request))
-        environment = {**os.environ, **_ENVIRONMENT}
         command = [sys.executable, "-m", "qwenvl_jax.plan.child", name]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+        child = subprocess.Popen(
+            command, env={**os.environ, **_ENVIRONMENT}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        try:
+            while child.poll() is None:
+                if quick and dump.assigned(folder / DUMP):
+                    return _so_far(request, folder, time.monotonic() - began)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(_PATIENCE)
+        finally:
+            child.kill()
+            child.wait()
         if not (folder / RESULT).exists():
-            lines = [line for line in ended.stderr.splitlines() if line.strip()] or ["nothing was said"]
-            reason = "out of memory on this machine?" if ended.returncode == -9 else lines[-1][:500]
-            raise QwenVLError(f"the compiler's process ended with status {ended.returncode}: {reason}")
+            log.seek(0)
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            reason = "out of memory on this machine?" if child.returncode == -9 else (lines or ["no reason given"])[-1]
+            raise QwenVLError(f"the compiler's process ended with status {child.returncode}: {reason[:500]}")
         result: dict[str, Any] = json.loads((folder / RESULT).read_text())
     if "error" in result:
         raise ConfigError(result["error"])
     return Compiled(**result)
+
+
+def _so_far(request: Request, folder: Path, seconds: float) -> Compiled:
+    """What is known once buffers have their memory."""
+    sent, unknown = dump.sent_bytes(folder / DUMP, mesh_shape(request))
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+    sizes = dump.assigned_bytes(folder / DUMP)
+    return Compiled(**facts, **sizes, needed=None, sent=sent, unknown_loops=unknown, seconds=seconds)
+
+
+def mesh_shape(request: Request) -> tuple[int, ...]:
+    """Devices along each axis of the mesh."""
+    return tuple(getattr(request.config.mesh, axis) for axis in AXES)
 
 
 def needed_bytes(message: str) -> int | None:

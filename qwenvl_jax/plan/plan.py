@@ -56,6 +56,7 @@ class Plan:
       cell: what was planned.
       layout: how it was laid out.
       by_rule: whether `qwenvl_jax.plan.mesh.RULE` chose that.
+      quick: whether no code was generated.
       assumed: the batch.
       compiled: what the compiler says.
       memory: of a device.
@@ -65,6 +66,7 @@ class Plan:
     cell: Cell
     layout: Layout
     by_rule: bool
+    quick: bool
     assumed: Assumed
     compiled: Compiled
     memory: Memory
@@ -164,16 +166,16 @@ def layout_of(cell: Cell) -> tuple[Layout, bool]:
     return Layout(mesh, stage.microbatches, stage.remat), False
 
 
-def make_plan(cell: Cell, layout: Layout, *, by_rule: bool = False) -> Plan:
-    """Compiles a cell in another process.
+def make_plan(cell: Cell, layout: Layout, *, by_rule: bool = False, quick: bool = False) -> Plan:
+    """Compiles a cell in another process; `quick` as of `qwenvl_jax.plan.compiling.compile_step`.
 
     Raises:
       QwenVLError: settings that cannot be used, or a compiler that fails for another reason than memory.
     """
     assumed = assume(cell.stage, cell.model, multiple=layout.mesh.context * layout.mesh.tensor)
-    compiled = compile_step(request_of(cell, layout, assumed))
+    compiled = compile_step(request_of(cell, layout, assumed), quick=quick)
     held, found = memory(compiled, cell.topology), bounds(compiled, cell.topology)
-    return Plan(cell, layout, by_rule, assumed, compiled, held, found)
+    return Plan(cell, layout, by_rule, quick, assumed, compiled, held, found)
 
 
 def request_of(cell: Cell, layout: Layout, assumed: Assumed) -> Request:

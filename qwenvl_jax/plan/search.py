@@ -11,18 +11,19 @@ from qwenvl_jax.plan.plan import Cell, Plan, make_plan
 _REMATS = ("none", "products", "attention", "full")
 
 
-def search(cell: Cell, first: Layout, tries: int, *, say: Callable[[str], None]) -> list[Plan]:
+def search(cell: Cell, first: Layout, tries: int, *, quick: bool, say: Callable[[str], None]) -> list[Plan]:
     """Compiles some layouts of a cell, and returns their plans: those that fit, the smallest bound first, then others.
 
     Args:
       first: the layout that is tried first; the others are those whose estimate is nearest to what fits, with little
         made again and few microbatches.
       tries: how many at most, at least 1.
+      quick: as of `qwenvl_jax.plan.compiling.compile_step`.
       say: told what is tried.
     """
     plans = []
     for number, layout in enumerate(candidates(cell, first)[:tries], 1):
-        plan = make_plan(cell, layout, by_rule=True)
+        plan = make_plan(cell, layout, by_rule=True, quick=quick)
         held = plan.memory
         said = f"{(held.total or 0) / 2**30:.2f} GiB" if held.fits else "does not fit"
         say(f"{number} of {tries}: {layout.arguments()}: {said}, bound {plan.ranked_seconds:.3g} s")

@@ -24,6 +24,7 @@ def plan_command(
     stage: str | None = None,
     as_json: bool = False,
     tries: int = 0,
+    quick: bool = False,
 ) -> int:
     """Compiles the stages of a config for a slice and prints what they take: the `plan` command.
 
@@ -31,6 +32,7 @@ def plan_command(
       config_path, overrides, model, topology, stage: see `qwenvl_jax.plan.plan.read_cells`.
       as_json: print `Plan.facts` of the stage, of several stages an object by their names; with `tries` a list, the
         best first.
+      quick: see `qwenvl_jax.plan.compiling.compile_step`.
       tries: how many meshes and remat policies to try for a stage; 0 plans the one of the run, or of the rule.
 
     Returns:
@@ -46,11 +48,11 @@ def plan_command(
     for cell, (layout, by_rule) in zip(cells, layouts, strict=True):
         _say(f"{cell.stage.name}: compiling for {cell.topology.name}, which takes minutes ...")
         if tries:
-            found = search(cell, layout, tries, say=_say)
+            found = search(cell, layout, tries, quick=quick, say=_say)
             facts[cell.stage.name] = [one.facts() for one in found]
             text = ranking(found)
         else:
-            found = [make_plan(cell, layout, by_rule=by_rule)]
+            found = [make_plan(cell, layout, by_rule=by_rule, quick=quick)]
             facts[cell.stage.name] = found[0].facts()
             text = table(found[0])
         fit &= found[0].memory.fits
@@ -97,7 +99,7 @@ def _lines(plan: Plan) -> Iterator[str]:
             days = steps * seconds / DAY
             yield _line("", f"{_BOUNDS[name]:<23}{seconds:>7.3g} s {tokens * DAY / seconds:>14.3e} {days:>25.1f}")
     yield _line("", "a step takes longer than the largest of them: they are bounds, no prediction")
-    yield _line("compiled in", f"{compiled.seconds:.0f} s")
+    yield _line("compiled in", f"{compiled.seconds:.0f} s" + (", no code generated" if plan.quick else ""))
     yield _line("train it with", command(plan))
 
 

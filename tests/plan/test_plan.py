@@ -72,7 +72,9 @@ def plan_of(found: Compiled, topology: str = "v5p:8x8x8") -> Plan:
     (cell,) = read_cells(S1, [], topology=topology, model="qwen3_vl_8b")
     layout, by_rule = layout_of(cell)
     assumed = assume(cell.stage, cell.model)
-    return Plan(cell, layout, by_rule, assumed, found, memory(found, cell.topology), bounds(found, cell.topology))
+    return Plan(
+        cell, layout, by_rule, False, assumed, found, memory(found, cell.topology), bounds(found, cell.topology)
+    )
 
 
 def test_facts():
@@ -221,7 +223,7 @@ def test_what_fits_ranks_by_its_bounds_and_what_does_not_by_its_excess():
 def test_a_small_stage_compiled_for_a_slice(small, capsys, monkeypatch):
     """As on the command line, with the environment of this process untouched."""
     before = dict(os.environ)
-    assert cli.main(["plan", small, "--topology", "v5e:2x2", "--json", *BATCH]) == 0
+    assert cli.main(["plan", small, "--topology", "v5e:2x2", "--json", "--quick", *BATCH]) == 0
     assert dict(os.environ) == before
     facts = json.loads(capsys.readouterr().out)
     assert facts["fits"] and facts["devices"] == 4 and facts["topology"] == "v5e:2x2"
@@ -249,6 +251,6 @@ def test_an_oversized_stage_does_not_fit(small, capsys):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_search_ranks_what_fits(small, capsys):
-    assert cli.main(["plan", small, "--topology", "v5e:2x2", "--search", "2", "--json", *BATCH]) == 0
+    assert cli.main(["plan", small, "--topology", "v5e:2x2", "--search", "2", "--quick", "--json", *BATCH]) == 0
     first, second = json.loads(capsys.readouterr().out)
     assert first["fits"] and first["mesh"] != second["mesh"]
