@@ -58,7 +58,7 @@ def measured(name: str) -> dict[str, Any]:
     """What the compiler says of a cell: bytes of a device."""
     topology, mesh, experts = CELLS[name]
     model = small_model(experts)
-    batch = BatchShape(rows=4, length=1024, groups=4, vision=((2, 512),))
+    batch = BatchShape(rows=4, length=1024, groups=4, vision=((4, 512),))
     stage = dataclasses.replace(recipes.s1(), batch=batch)
     assumed = assume(stage, model, multiple=mesh.context * mesh.tensor)
     stage = dataclasses.replace(stage, data=DataConfig())

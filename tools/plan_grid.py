@@ -28,8 +28,8 @@ _GIB = 2**30
 _HEAD = """\
 # What fits where
 
-Each stage of Qwen3-VL's pre-training (`configs/pretrain`), compiled for TPU slices on a machine without one. A cell says
-the HBM of a device that the step takes, of what a program may use, and the days that the stage takes at least: the
+Each stage of Qwen3-VL's pre-training (`configs/pretrain`), compiled for TPU slices on a machine without one. A cell
+says the HBM of a device that the step takes, of what a program may use, and the days that the stage takes at least: the
 largest of the bounds of compute, HBM and ICI. They are bounds, each as if nothing else cost time, and no prediction: no
 step is that fast. The mesh is the rule's; `qwenvl-jax plan ... --search 8` may find a better one.
 """

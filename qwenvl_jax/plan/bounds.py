@@ -25,17 +25,19 @@ class Memory:
     Attributes:
       limit: what a program may use; `USABLE` of it is what a step may take.
       arguments, temporaries, total: of the step; those that are not known of one that does not compile are None.
+      refused: whether the compiler refused it.
     """
 
     limit: int
     arguments: int | None
     temporaries: int | None
     total: int | None
+    refused: bool = False
 
     @property
     def fits(self) -> bool:
         """Whether the step fits, with room to spare."""
-        return self.temporaries is not None and self.total is not None and self.total <= USABLE * self.limit
+        return not self.refused and self.total is not None and self.total <= USABLE * self.limit
 
     @property
     def excess(self) -> int:
@@ -47,10 +49,11 @@ def memory(compiled: Compiled, topology: Topology) -> Memory:
     """The HBM that a compiled step takes; outputs that are not where arguments were count as temporaries."""
     limit = topology.hardware.hbm
     if compiled.arguments is None or compiled.temporaries is None:
-        return Memory(limit, sum(compiled.state.values()), None, compiled.needed)
+        return Memory(limit, sum(compiled.state.values()), None, compiled.needed, refused=True)
     apart = (compiled.outputs or 0) - (compiled.aliased or 0)
     temporaries = compiled.temporaries + apart
-    return Memory(limit, compiled.arguments, temporaries, compiled.arguments + temporaries)
+    total = compiled.arguments + temporaries
+    return Memory(limit, compiled.arguments, temporaries, total, refused=compiled.needed is not None)
 
 
 def bounds(compiled: Compiled, topology: Topology) -> dict[str, float | None]:

@@ -16,7 +16,7 @@ from qwenvl_jax.errors import QwenVLError
 from qwenvl_jax.flops import Work, step_flops
 from qwenvl_jax.parallel.placement import Execution, Remat
 from qwenvl_jax.plan import compiling
-from qwenvl_jax.plan.dump import sent_bytes
+from qwenvl_jax.plan.dump import assigned, assigned_bytes, sent_bytes
 from qwenvl_jax.train import program
 from qwenvl_jax.train.adapters import make_parts
 from qwenvl_jax.train.devices import mesh_of
@@ -102,7 +102,9 @@ def compiled(request: compiling.Request, folder: Path) -> compiling.Compiled:
         "aliased": "alias_size_in_bytes",
         "host": "host_temp_size_in_bytes",
     }
-    sizes = {name: getattr(memory, key) if memory else None for name, key in found.items()}
+    sizes: dict[str, Any] = {name: getattr(memory, key) if memory else None for name, key in found.items()}
+    if memory is None and assigned(dump):
+        sizes = assigned_bytes(dump)
     return compiling.Compiled(**facts, **sizes, needed=needed, sent=sent, unknown_loops=unknown, seconds=seconds)
 
 
@@ -115,7 +117,7 @@ def devices_of(topology: str) -> list[jax.Device]:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
 
 
-def _bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:
+def _bytes(leaves: Iterable[Any]) -> int:
     """Of the part of each array that a device holds."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize if leaf.sharding is not None else 0

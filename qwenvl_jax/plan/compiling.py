@@ -60,7 +60,7 @@ class Compiled:
       parameters, learning: numbers of weights, of the whole model.
       state: bytes by kind: "weights", "frozen", "optimizer", "batch".
       arguments, temporaries, outputs, aliased, host: bytes of the compiled program; `aliased` of the outputs lie where
-        arguments lay; `host` is in the host's memory. None of one that does not fit.
+        arguments lay; `host` is in the host's memory. None of one for which the compiler found no memory.
       needed: bytes that a program that does not fit would take, as the compiler has it; None of one that does.
       flops, again: of a step, of the whole slice; and those that rematerialization adds.
       sent: bytes that a device sends, by the mesh axes that they go along and the kind of exchange, as
@@ -133,8 +133,8 @@ def _so_far(request: Request, folder: Path, seconds: float) -> Compiled:
     """What is known once buffers have their memory."""
     sent, unknown = dump.sent_bytes(folder / DUMP, mesh_shape(request))
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
-    sizes = dump.assigned_bytes(folder / DUMP)
-    return Compiled(**facts, **sizes, needed=None, sent=sent, unknown_loops=unknown, seconds=seconds)
+    facts |= dump.assigned_bytes(folder / DUMP)
+    return Compiled(**facts, needed=None, sent=sent, unknown_loops=unknown, seconds=seconds)
 
 
 def mesh_shape(request: Request) -> tuple[int, ...]:

@@ -70,7 +70,7 @@ class _Instruction:
 def exchanges(text: str) -> Exchanges:
     """The exchanges of a program in HLO text."""
     computations, entry = _parsed(text)
-    unknown = set()
+    unknown = set[str]()
 
     @functools.cache
     def total(name: str) -> collections.Counter[Exchange]:
@@ -95,7 +95,7 @@ def exchanges(text: str) -> Exchanges:
         return counts
 
     found = total(entry)
-    return Exchanges(found, sum(1 for _ in unknown))
+    return Exchanges(found, len(unknown))
 
 
 def _parsed(text: str) -> tuple[dict[str, list[_Instruction]], str]:

@@ -12,6 +12,7 @@ from qwenvl_jax.checkpoint.hf import parameter_count
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.parallel.mesh import AXES
+from qwenvl_jax.parallel.placement import Remat
 from qwenvl_jax.plan.assumed import assume
 from qwenvl_jax.plan.topology import Topology
 from qwenvl_jax.train.config import MeshConfig, StageConfig
@@ -36,7 +37,7 @@ class Layout:
 
     mesh: MeshConfig
     microbatches: int
-    remat: str
+    remat: Remat
 
     def of_stage(self, stage: StageConfig) -> StageConfig:
         """The stage with these settings."""
@@ -85,8 +86,8 @@ def layouts(stage: StageConfig, model: QwenVLConfig, topology: Topology) -> Iter
             for microbatches in _powers(shape.groups):
                 if shape.groups % (share * microbatches) or shape.rows % (share * microbatches):
                     break
-                sizes = {"fsdp": share // expert, "expert": expert, "context": context, "tensor": tensor}
-                yield Layout(MeshConfig(**sizes, rules="zero"), microbatches, stage.remat)
+                mesh = MeshConfig(fsdp=share // expert, expert=expert, context=context, tensor=tensor, rules="zero")
+                yield Layout(mesh, microbatches, stage.remat)
 
 
 def _powers(largest: int) -> Iterator[int]:

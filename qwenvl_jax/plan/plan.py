@@ -30,6 +30,7 @@ class Cell:
       config: the run.
       stage: one of its stages.
       name: of the model.
+      named: whether that was given on the command line.
       model: its shape.
       topology: the slice.
     """
@@ -39,6 +40,7 @@ class Cell:
     config: TrainConfig
     stage: StageConfig
     name: str
+    named: bool
     model: QwenVLConfig
     topology: Topology
 
@@ -136,7 +138,7 @@ def read_cells(
         raise ConfigError(f"{config_path} has no stage {stage!r}; its stages are {', '.join(names)}.")
     shape, name = _model(config, model)
     return [
-        Cell(config_path, tuple(overrides), config, one, name, shape, slice_)
+        Cell(config_path, tuple(overrides), config, one, name, model is not None, shape, slice_)
         for one in config.stages
         if stage in (None, one.name)
     ]

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 
+from qwenvl_jax.parallel.placement import Remat
 from qwenvl_jax.plan import mesh as meshes
 from qwenvl_jax.plan.mesh import Layout
 from qwenvl_jax.plan.plan import Cell, Plan, make_plan
 
 # Policies, the fastest first.
-_REMATS = ("none", "products", "attention", "full")
+_REMATS: tuple[Remat, ...] = ("none", "products", "attention", "full")
 
 
 def search(cell: Cell, first: Layout, tries: int, *, quick: bool, say: Callable[[str], None]) -> list[Plan]:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from qwenvl_jax.parallel.mesh import AXES
 from qwenvl_jax.plan.bounds import DAY, USABLE
@@ -44,7 +45,7 @@ def plan_command(
     check_libtpu()
     cells = read_cells(config_path, overrides, topology=topology, model=model, stage=stage)
     layouts = [layout_of(cell) for cell in cells]  # mistakes are told before anything is compiled
-    facts, fit = {}, True
+    facts, fit = dict[str, Any](), True
     for cell, (layout, by_rule) in zip(cells, layouts, strict=True):
         _say(f"{cell.stage.name}: compiling for {cell.topology.name}, which takes minutes ...")
         if tries:
@@ -95,6 +96,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         if seconds is None:
             why = "one slice: nothing crosses it" if name == "dcn" else "not known, since nothing was compiled"
             yield _line("", f"{_BOUNDS[name]:<23}{why}")
+        elif not seconds:
+            yield _line("", f"{_BOUNDS[name]:<23}nothing is sent")
         else:
             days = steps * seconds / DAY
             yield _line("", f"{_BOUNDS[name]:<23}{seconds:>7.3g} s {tokens * DAY / seconds:>14.3e} {days:>25.1f}")
@@ -108,7 +111,7 @@ def _line(title: str, text: str) -> str:
 
 
 def _gib(count: int) -> str:
-    return f"{count / _GIB:.2f} GiB"
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.2f} MiB"
 
 
 def _mesh(plan: Plan) -> str:
@@ -130,7 +133,7 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
         yield _line("  temporaries", f"{_gib(held.temporaries):>11}   {aliased}")
     if held.total is not None:
         yield _line("  total", f"{_gib(held.total):>11}   {held.total / held.limit:.0%} of the limit")
-    if compiled.host:
+    if compiled.host is not None and compiled.host > 2**20:  # less is the compiler's own
         yield _line("  host", f"{_gib(compiled.host):>11}   of the host's memory, for each device")
     yield _line("  fits", "yes" if held.fits else f"NO, by {_gib(held.excess)} too many: {advice(plan)}")
 
@@ -177,7 +180,8 @@ def command(plan: Plan) -> str:
     given = [argument for argument in cell.overrides if plan.by_rule or not argument.startswith("--mesh")]
     overrides = " ".join(cell.overrides if not plan.by_rule else given)
     layout = plan.layout.arguments() if plan.by_rule else ""
-    parts = ["qwenvl-jax train", cell.config_path, f"--model {cell.name}", overrides, layout]
+    model = f"--model {cell.name}" if cell.named else ""
+    parts = ["qwenvl-jax train", cell.config_path, model, overrides, layout]
     return " ".join(part for part in parts if part)
 
 

@@ -4,6 +4,8 @@ The one place where a step meets `jax.jit`, so that a run, which calls it with a
 from shapes alone, have the same program.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -68,9 +70,7 @@ def state_shardings(parts: ModelParts, state: TrainState) -> TrainState:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def abstract_state(
-    parts: ModelParts, stage: StageConfig, seed: int
-) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+def abstract_state(parts: ModelParts, stage: StageConfig, seed: int) -> tuple[TrainState, dict[str, Any]]:
     """The state of a stage and its frozen weights as shapes, dtypes and shardings."""
     weights = {
         name: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=parts.shardings[name])
@@ -100,8 +100,9 @@ def abstract_batch(config: QwenVLConfig, shape: BatchShape, execution: Execution
         return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
     def vision_rows(R: int, L: int) -> VisionRows:
+        patches: Any = jax.ShapeDtypeStruct((G, R, L, vision.patch_dim), jnp.uint8)
         return VisionRows(
-            patches=jax.ShapeDtypeStruct((G, R, L, vision.patch_dim), jnp.uint8),
+            patches=patches,
             coords=i32(G, R, L, 2),
             sizes=i32(G, R, L, 2),
             segment_ids=i32(G, R, L),

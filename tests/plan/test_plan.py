@@ -113,7 +113,7 @@ def test_a_table_tells_all_of_it():
         "each row is one sample of 8,192 tokens",
         "batch.vision=((6, 1024), (9, 10240))",
         "8,767,123,696, all learn",
-        "weights 0.06 GiB",
+        "weights 64.00 MiB",
         "33% more for what --remat full makes again",
         "60.00 GiB   all-gather over fsdp+context",
         "one slice: nothing crosses it",
@@ -129,7 +129,7 @@ def test_a_table_tells_all_of_it():
     [
         (compiled(temporaries=20 * GIB), ["NO, by 6.01 GiB too many", "--microbatches"]),
         # 14 of 15.75 GiB are within the limit, and beyond what a step may take of it.
-        (compiled(temporaries=14 * GIB), ["NO, by 0.01 GiB too many"]),
+        (compiled(temporaries=14 * GIB), ["NO, by 14.80 MiB too many"]),
         (
             compiled(
                 arguments=None, temporaries=None, outputs=None, aliased=None, host=None, sent=None, needed=40 * GIB
