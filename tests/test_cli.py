@@ -12,7 +12,7 @@ from qwenvl_jax.demo import run
 from qwenvl_jax.errors import DataError
 from qwenvl_jax.train import loop
 
-COMMANDS = ("demo", "assemble", "train", "info", "convert", "export", "chat", "data")
+COMMANDS = ("demo", "assemble", "train", "plan", "info", "convert", "export", "chat", "data")
 
 
 def test_version(capsys):
@@ -45,7 +45,7 @@ def test_help_of_a_command_has_examples(command, capsys):
     ("arguments", "words"),
     [
         (["chta"], ["'chta'", "did you mean 'chat'"]),
-        (["xyzzy"], ["'xyzzy'", "demo, assemble, train, info, convert, export, chat, data"]),
+        (["xyzzy"], ["'xyzzy'", "demo, assemble, train, plan, info, convert, export, chat, data"]),
         (["--versoin"], ["qwenvl-jax --help"]),
         (["chat", "model"], ["QUESTION", "qwenvl-jax chat --help"]),
         (["chat", "model", "question", "--vidoe", "a.mp4"], ["'--vidoe'", "did you mean '--video'"]),

@@ -1,7 +1,8 @@
 """The command line: parsers, and the one place where errors become a line and an exit status. The work is done below.
 
-Exit status: 0 done; 1 the demo's figures fall short; 2 a mistake in the arguments, a file or the surroundings, told in
-one line on standard error; 130 interrupted. Anything else is a defect of this package and shows its traceback.
+Exit status: 0 done; 1 the demo's figures fall short, or a plan does not fit; 2 a mistake in the arguments, a file or
+the surroundings, told in one line on standard error; 130 interrupted. Anything else is a defect of this package and
+shows its traceback.
 """
 
 import argparse
@@ -108,6 +109,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_demo(commands)
     _add_assemble(commands)
     _add_train(commands)
+    _add_plan(commands)
     _add_info(commands)
     _add_convert(commands)
     _add_export(commands)
@@ -232,6 +234,47 @@ def _train(options: argparse.Namespace) -> int:
         return INTERRUPTED
     print(f"{result.steps} steps are done; the model is in {result.model}")
     return 0
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a stage takes on a TPU slice, compiled without having one",
+        usage=f"{PROG} plan CONFIG --topology SLICE [--model NAME] [--stage NAME] [--json] [--quick] [--search N] "
+        "[--key value ...]",
+        description="Compiles the step that `train` would run for a TPU slice that need not be there: memory, FLOPs,\n"
+        "what devices exchange, and the bounds that follow on time. Needs libtpu: pip install 'qwenvl_jax[tpu]'.",
+        epilog=f"""examples:
+  {PROG} plan configs/pretrain/s1.py --model qwen3_vl_8b --topology v5p:8x8x8
+  {PROG} plan configs/pretrain/s3.py --model qwen3_vl_8b --topology v5p:8x8x8 --mesh.fsdp 32 --mesh.context 16
+  {PROG} plan configs/pretrain/curriculum.py --stage s1 --topology v5e:16x16 --search 6
+
+Without --mesh a rule chooses the mesh and the microbatches, and says so. No data is read; what is assumed of it is
+told. Exit status 1 means that a stage does not fit.""",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a Python file with get_config(), such as those in configs/")
+    parser.add_argument("--topology", metavar="SLICE", required=True, help="such as v5p:8x8x8, v5e:16x16, tpu7x:4x4x8")
+    parser.add_argument("--model", metavar="NAME", help="in place of the config's: a preset, a folder or a hub id")
+    parser.add_argument("--stage", metavar="NAME", help="of the config's stages the one of this name; default: all")
+    parser.add_argument("--json", action="store_true", help="as JSON; bytes are those of a device")
+    parser.add_argument("--quick", action="store_true", help="stop once memory is assigned: no code is generated")
+    parser.add_argument("--search", metavar="N", type=int, default=0, help="try N meshes and remat policies, rank them")
+    parser.set_defaults(work=_plan, overrides=[])
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from qwenvl_jax.plan.show import plan_command
+
+    return plan_command(
+        options.config,
+        options.overrides,
+        topology=options.topology,
+        model=options.model,
+        stage=options.stage,
+        as_json=options.json,
+        tries=options.search,
+        quick=options.quick,
+    )
 
 
 def _add_info(commands) -> None:

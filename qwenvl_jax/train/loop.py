@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.checkpoint import folder as folders
 from qwenvl_jax.checkpoint import source
-from qwenvl_jax.checkpoint.store import CheckpointStore, abstract_like
+from qwenvl_jax.checkpoint.store import CheckpointStore
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.data.failure import Failure, check_share
 from qwenvl_jax.data.processor import Processor
@@ -29,23 +27,21 @@ from qwenvl_jax.models.pretrained import load
 from qwenvl_jax.parallel.host_memory import keep_freed_memory
 from qwenvl_jax.parallel.placement import Execution, row_share, shard_batch
 from qwenvl_jax.presets import PRESETS
-from qwenvl_jax.train import run_folder
+from qwenvl_jax.train import program, run_folder
 from qwenvl_jax.train.adapters import make_parts
-from qwenvl_jax.train.config import StageConfig, TrainConfig, fingerprint
+from qwenvl_jax.train.config import TrainConfig, fingerprint
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.curriculum import Stage, prepare_stages
 from qwenvl_jax.train.devices import mesh_of
 from qwenvl_jax.train.exchange import Exchange
 from qwenvl_jax.train.metrics import MetricsLog, learning_rates
-from qwenvl_jax.train.optimizer import make_optimizer
 from qwenvl_jax.train.overrides import apply_overrides
 from qwenvl_jax.train.processes import Processes
 from qwenvl_jax.train.profile import Profiler
 from qwenvl_jax.train.progress import Progress
 from qwenvl_jax.train.quarantine import FILE, Quarantine
 from qwenvl_jax.train.report import write_report
-from qwenvl_jax.train.state import GuardState, Params, TrainState
-from qwenvl_jax.train.step import make_step
+from qwenvl_jax.train.state import Params, TrainState
 from qwenvl_jax.train.stopping import Stop, stop_signals
 from qwenvl_jax.train.timings import TimingLog, first_start
 from qwenvl_jax.train.tracking import Trackers, check_trackers
@@ -168,7 +164,7 @@ class _Run:
         _check_ids(shape, self.processor)
         self.parts = make_parts(config, shape, self.mesh, self.rules)
         for stage in config.stages:  # what they say of weights has to fit this model
-            self._optimizer(stage)
+            program.optimizer_of(self.parts, stage)
         settings = fingerprint(dataclasses.replace(config, model=shape, processor=""))
         run_folder.check(folder, settings)
         multiple = Execution(self.mesh, self.rules).split("vision_rows")
@@ -361,12 +357,9 @@ class _Run:
 
     def _compile(self, stage: Stage, state, frozen, batch):
         """The step of a stage, compiled ahead for these shapes: called with others it raises, it never recompiles."""
-        step = make_step(self.parts, stage.config, self._optimizer(stage.config), len(stage.classes))
-        shardings = self._state_shardings(state)
-        whole = NamedSharding(self.mesh, PartitionSpec())
         began = time.monotonic()
-        lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole)).lower(state, frozen, batch)
-        compiled = lowered.compile()
+        traced = program.trace_step(self.parts, stage.config, state, frozen, batch, classes=len(stage.classes))
+        compiled = traced.lower().compile()
         learning = sum(weight.size for weight in state.params.values())
         self.say(
             f"{stage.config.name}: step compiled in {time.monotonic() - began:.1f} s; {learning:,} of "
@@ -376,37 +369,16 @@ class _Run:
         self.timings.start()
         return compiled
 
-    def _optimizer(self, stage: StageConfig):
-        names = self.parts.select(stage.trainable)
-        return make_optimizer(stage.optimizer, {name: self.parts.weights[name] for name in names})
-
-    def _state_shardings(self, state):
-        """Where a `TrainState` lives: what belongs to a weight (moments, say) as the weight, the rest everywhere."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
-
-        def one(path, leaf):
-            name = getattr(path[-1], "key", None)
-            if name not in self.parts.weights or leaf.shape != self.parts.weights[name].shape:
-                return whole
-            return self.parts.shardings[name]
-
-        return jax.tree_util.tree_map_with_path(one, state)
-
-    def _begun(self, stage: Stage, learning: Params) -> TrainState:
-        """The state at the first step of a stage, nothing carried; traceable."""
-        rng = jax.random.key_data(jax.random.key(self.config.seed))
-        opt_state = self._optimizer(stage.config).init(learning)
-        return TrainState(jnp.zeros((), jnp.int32), learning, opt_state, rng, GuardState.begun())
-
     def _fresh_state(self, stage: Stage, params: Params, before: TrainState | None) -> TrainState:
         """The state at the first step of a stage: the random key goes on, the optimizer only if the stage says so."""
         learning = {name: params[name] for name in self.parts.select(stage.config.trainable)}
 
         def begin(learning):
             # The weights themselves are not among the results, which would be copies.
-            return dataclasses.replace(self._begun(stage, learning), params={})
+            begun = program.begun_state(self.parts, stage.config, self.config.seed, learning)
+            return dataclasses.replace(begun, params={})
 
-        shardings = self._state_shardings(jax.eval_shape(begin, learning))
+        shardings = program.state_shardings(self.parts, jax.eval_shape(begin, learning))
         state = jax.jit(begin, out_shardings=shardings)(learning)
         if before is not None:
             opt_state = before.opt_state if stage.config.carry_optimizer else state.opt_state
@@ -428,14 +400,8 @@ class _Run:
 
     def _restore(self, store: CheckpointStore, place: dict[str, Any]) -> tuple[Params, TrainState]:
         stage = self.stages[place["stage"]]
-        weights = {
-            name: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=self.parts.shardings[name])
-            for name, info in self.parts.weights.items()
-        }
-        learning = {name: weights[name] for name in self.parts.select(stage.config.trainable)}
-        state = jax.eval_shape(lambda learning: self._begun(stage, learning), learning)
-        frozen = {name: weight for name, weight in weights.items() if name not in state.params}
-        stored = {"state": abstract_like(state, self._state_shardings(state)), "frozen": self.parts.stored(frozen)}
+        state, frozen = program.abstract_state(self.parts, stage.config, self.config.seed)
+        stored = {"state": state, "frozen": self.parts.stored(frozen)}
         saved = store.restore(stored)
         frozen = self.parts.made_again(self._initial, place) | saved["frozen"]
         return frozen | saved["state"].params, saved["state"]

@@ -6,18 +6,17 @@ import os
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from qwenvl_jax.batch import Batch, VisionRows
 from qwenvl_jax.config import QwenVLConfig
-from qwenvl_jax.parallel.placement import Execution, batch_sharding
+from qwenvl_jax.data.packing import BatchShape
+from qwenvl_jax.parallel.placement import Execution
 from qwenvl_jax.parallel.rules import make_rules
 from qwenvl_jax.train.config import StageConfig
-from qwenvl_jax.train.optimizer import make_optimizer
-from qwenvl_jax.train.state import GuardState, ModelParts, TrainState
-from qwenvl_jax.train.step import make_step
+from qwenvl_jax.train.program import abstract_batch, abstract_state
+from qwenvl_jax.train.program import trace_step as trace
+from qwenvl_jax.train.state import ModelParts
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 _COLLECTIVE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{_KINDS})(-start)?\((?P<rest>.*)$")
@@ -32,39 +31,6 @@ def tpu_devices(topology: str):
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="x")
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-
-
-def abstract_batch(config: QwenVLConfig, execution: Execution, *, rows: int, length: int, vision) -> Batch:
-    """Shapes of a batch with so many rows, and one group, on each share of the batch axes."""
-    count, v = execution.split("batch"), config.vision
-    B, T = rows * count, length
-
-    def spec(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    def vision_rows(R, L):
-        G = count
-        i32 = {"coords": (G, R, L, 2), "sizes": (G, R, L, 2), "segment_ids": (G, R, L), "items": (G, R, L)}
-        return VisionRows(
-            patches=spec((G, R, L, v.patch_dim), jnp.uint8),
-            pixel_table=spec((G, 3, 256), jnp.float32),
-            windows=spec((G, R, L), jnp.int32) if v.window_size else None,
-            **{name: spec(shape, jnp.int32) for name, shape in i32.items()},
-        )
-
-    i32 = {name: spec((B, T), jnp.int32) for name in ("tokens", "segment_ids", "targets", "vision_index")}
-    batch = Batch(
-        positions=spec((B, T, 3), jnp.int32),
-        loss_weights=spec((B, T), jnp.float32),
-        vision=tuple(vision_rows(*bucket) for bucket in vision),
-        **i32,
-    )
-
-    def placed(path, leaf):
-        sharding = batch_sharding(path, execution.mesh, execution.rules)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(placed, batch)
 
 
 def compile_step(config: QwenVLConfig, mesh: Mesh, **settings):
@@ -83,34 +49,15 @@ def trace_step(
     length: int = 1024,
     vision=((2, 512),),
 ):
-    """The traced step of a stage on a mesh, from shapes alone."""
+    """The traced step of a stage on a mesh, from shapes alone; `rows`, and one group, on each share of the batch."""
     stage = stage or StageConfig(name="s", steps=10, remat="full")
     parts = ModelParts(config, dtype=dtype, param_dtype="float32", mesh=mesh, rules=make_rules(rules))
-    batch = abstract_batch(config, Execution(mesh, parts.rules), rows=rows, length=length, vision=vision)
-    optimizer = make_optimizer(stage.optimizer, {name: parts.weights[name] for name in parts.select(stage.trainable)})
-    weights = {
-        name: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=parts.shardings[name])
-        for name, info in parts.weights.items()
-    }
-    learning = {name: weights[name] for name in parts.select(stage.trainable)}
-    frozen = {name: value for name, value in weights.items() if name not in learning}
-
-    def begin(params):
-        rng = jnp.zeros(2, jnp.uint32)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), rng, GuardState.begun())
-
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def placed(path, leaf):
-        name = getattr(path[-1], "key", None)
-        mine = name in weights and leaf.shape == weights[name].shape
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parts.shardings[name] if mine else whole)
-
+    execution = Execution(mesh, parts.rules)
+    shares = execution.split("batch")
+    shape = BatchShape(rows=rows * shares, length=length, groups=shares, vision=vision)
     with jax.numpy_dtype_promotion("standard"):
-        state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(begin, learning))
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = jax.jit(make_step(parts, stage, optimizer), donate_argnums=0, out_shardings=(shardings, whole))
-        return step.trace(state, frozen, batch)
+        batch = abstract_batch(config, shape, execution, classes=False)
+        return trace(parts, stage, *abstract_state(parts, stage, seed=0), batch)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,169 @@
+"""Which mesh a slice gets where nobody says: a rule, and what it estimates of memory.
+
+Weights are split over all devices (rules "zero"), since gathering them costs least: with 16,384 tokens on a device a
+layer's product takes longer than its weights do. Of `context` and `tensor`, which both split the tokens of a row,
+`context` moves less: keys and values, which grouped queries make small, against activations of the whole width.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from qwenvl_jax.checkpoint.hf import parameter_count
+from qwenvl_jax.config import QwenVLConfig
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.parallel.mesh import AXES
+from qwenvl_jax.parallel.placement import Remat
+from qwenvl_jax.plan.assumed import assume
+from qwenvl_jax.plan.topology import Topology
+from qwenvl_jax.train.config import MeshConfig, StageConfig
+
+RULE = (
+    "rows over fsdp (8 of it expert, if there are experts), the rest over context and tensor; the fewest microbatches, "
+    "then the smallest context * tensor, then the smallest tensor with which a step is estimated to take 70 % of HBM"
+)
+_ROOM = 0.7  # of HBM; what the compiler adds is not estimated
+_EXPERTS = 8  # devices along `expert`: with more, the experts of a layer are hardly smaller than the rest of it
+_LEAST_CHUNK = 256  # tokens of one of the two parts of a row that a device of `context` has
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a stage is laid out on a slice.
+
+    Attributes:
+      mesh: the axes, all of them given, and the rules.
+      microbatches, remat: of the stage.
+    """
+
+    mesh: MeshConfig
+    microbatches: int
+    remat: Remat
+
+    def of_stage(self, stage: StageConfig) -> StageConfig:
+        """The stage with these settings."""
+        return dataclasses.replace(stage, microbatches=self.microbatches, remat=self.remat)
+
+    def arguments(self) -> str:
+        """The same for the command line."""
+        sizes = [f"--mesh.{axis} {size}" for axis in AXES if (size := getattr(self.mesh, axis)) > 1 or axis == "fsdp"]
+        rules = [f"--mesh.rules {self.mesh.rules}"] if self.mesh.rules != MeshConfig.rules else []
+        overrides = [f"--mesh.override {' '.join(self.mesh.override)}"] if self.mesh.override else []
+        return " ".join([*sizes, *rules, *overrides, f"--microbatches {self.microbatches}", f"--remat {self.remat}"])
+
+
+def chosen(stage: StageConfig, model: QwenVLConfig, topology: Topology, param_bytes: int = 4) -> Layout:
+    """The layout of a stage by `RULE`.
+
+    Raises:
+      ConfigError: no mesh of this kind divides the stage's batch.
+    """
+    found = sorted(layouts(stage, model, topology), key=_preference)
+    if not found:
+        raise ConfigError(
+            f"stage {stage.name}: no mesh divides batch.rows={stage.batch.rows}, batch.groups={stage.batch.groups} and "
+            f"batch.length={stage.batch.length} among the {topology.devices} devices of {topology.name}; give one with "
+            "--mesh.fsdp, --mesh.context and so on, or change the batch."
+        )
+    sizes = [estimate(layout, stage, model, topology, param_bytes) for layout in found]
+    fitting = [layout for layout, size in zip(found, sizes, strict=True) if size <= _ROOM * topology.hardware.hbm]
+    return fitting[0] if fitting else found[sizes.index(min(sizes))]
+
+
+def _preference(layout: Layout) -> tuple[int, int, int]:
+    return layout.microbatches, layout.mesh.context * layout.mesh.tensor, layout.mesh.tensor
+
+
+def layouts(stage: StageConfig, model: QwenVLConfig, topology: Topology) -> Iterator[Layout]:
+    """Layouts with the stage's remat that divide its batch, `context` and `tensor` being powers of two."""
+    shape, n = stage.batch, topology.devices
+    experts = model.text.moe.num_experts if model.text.moe else 1
+    for tensor in _powers(model.text.num_key_value_heads):
+        for context in _powers(shape.length // (2 * _LEAST_CHUNK)):
+            if n % (tensor * context) or (context > 1 and shape.length % (2 * context)):
+                continue
+            share = n // (tensor * context)
+            expert = max(size for size in _powers(_EXPERTS) if share % size == 0 and experts % size == 0)
+            for microbatches in _powers(shape.groups):
+                if shape.groups % (share * microbatches) or shape.rows % (share * microbatches):
+                    break
+                mesh = MeshConfig(fsdp=share // expert, expert=expert, context=context, tensor=tensor, rules="zero")
+                yield Layout(mesh, microbatches, stage.remat)
+
+
+def _powers(largest: int) -> Iterator[int]:
+    power = 1
+    while power <= largest:
+        yield power
+        power *= 2
+
+
+def estimate(layout: Layout, stage: StageConfig, model: QwenVLConfig, topology: Topology, param_bytes: int = 4) -> int:
+    """Bytes of HBM that a step takes on a device, roughly: what the rule orders meshes by, not what is printed.
+
+    Weights, moments and gradients; the input of each layer; three times the largest layer's activations, weights and
+    logits.
+    """
+    mesh, text, vision = layout.mesh, model.text, model.vision
+    split = mesh.tensor * mesh.context
+    shares = topology.devices // split
+    total, tower = parameter_count(model)
+    learning = total if stage.trainable != "mergers" else total // 50
+    state = (param_bytes * total + (2 * param_bytes + 4) * learning) // topology.devices
+    assumed = assume(stage, model, multiple=split)
+    tokens = stage.batch.rows * stage.batch.length // (shares * layout.microbatches * mesh.context)
+    patches = assumed.work.patches // (shares * layout.microbatches * split)
+    width = text.intermediate_size if not text.moe else text.moe.moe_intermediate_size * text.moe.num_experts_per_tok
+    heads = text.num_attention_heads * text.head_dim
+    made = 2 * heads + 2 * text.num_key_value_heads * text.head_dim + text.hidden_size + 2 * width
+    kept = 2 * tokens * text.num_hidden_layers * _kept(layout.remat, text.hidden_size, heads, made, mesh.tensor)
+    if stage.trainable != "mergers":
+        made = 5 * vision.hidden_size + vision.intermediate_size
+        kept += 2 * patches * vision.depth * _kept(layout.remat, vision.hidden_size, vision.hidden_size, made, 1)
+    working = 2 * 3 * (tokens * (4 * text.hidden_size + 2 * width // mesh.tensor))
+    seen = 2 * 3 * patches * (4 * vision.hidden_size + vision.intermediate_size)
+    layer = 2 * 2 * (total - tower) // (text.num_hidden_layers * mesh.tensor * mesh.expert)
+    head = (2 + 2 + 4) * text.vocab_size * text.hidden_size // mesh.tensor
+    logits = 8 * stage.loss_chunk * text.vocab_size // mesh.tensor
+    return state + kept + max(working, seen) + layer + head + logits
+
+
+def _kept(remat: str, width: int, heads: int, made: int, tensor: int) -> int:
+    """Values that a layer keeps of a token for its backward pass."""
+    more = {"offload": -width, "full": 0, "attention": heads // tensor, "products": made // tensor}
+    return width + more.get(remat, 2 * made // tensor)
+
+
+def check(mesh: MeshConfig, stage: StageConfig, topology: Topology) -> MeshConfig:
+    """A mesh given by hand, `fsdp` made out.
+
+    Raises:
+      ConfigError: sizes that the slice or the stage's batch does not divide by; says which would do.
+    """
+    n, sizes = topology.devices, {axis: getattr(mesh, axis) for axis in AXES}
+    used = 1
+    for axis, size in sizes.items():
+        if size < (0 if axis == "fsdp" else 1):
+            raise ConfigError(f"mesh.{axis}={size} must be at least 1.")
+        if size and n % (used * size):
+            fitting = ", ".join(str(d) for d in range(1, n // used + 1) if n % (used * d) == 0)
+            raise ConfigError(
+                f"mesh.{axis}={size} does not divide the {n // used} devices of {topology.name} that the axes before "
+                f"it leave; these do: {fitting}."
+            )
+        used *= size or 1
+    if not sizes["fsdp"]:
+        sizes["fsdp"], used = n // used, n
+    if used != n:
+        raise ConfigError(
+            f"the mesh has {used} devices, but {topology.name} has {n}; set mesh.fsdp={sizes['fsdp'] * n // used}, or "
+            "leave it at 0 for all that the other axes leave."
+        )
+    share, rows, groups = n // (sizes["context"] * sizes["tensor"]), stage.batch.rows, stage.batch.groups
+    if rows % (share * stage.microbatches) or groups % (share * stage.microbatches):
+        fitting = ", ".join(str(d) for d in range(1, groups + 1) if groups % d == 0 and rows % d == 0)
+        raise ConfigError(
+            f"stage {stage.name}: mesh.data * mesh.fsdp * mesh.expert * microbatches = {share * stage.microbatches} "
+            f"does not divide batch.rows={rows} and batch.groups={groups}; these do: {fitting}. What is left of "
+            f"{n} devices goes to mesh.context or mesh.tensor."
+        )
+    return dataclasses.replace(mesh, **sizes)

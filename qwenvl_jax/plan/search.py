@@ -1,0 +1,58 @@
+"""Tries meshes and remat policies for a cell and ranks those that fit."""
+
+import dataclasses
+from collections.abc import Callable
+
+from qwenvl_jax.parallel.placement import Remat
+from qwenvl_jax.plan import mesh as meshes
+from qwenvl_jax.plan.mesh import Layout
+from qwenvl_jax.plan.plan import Cell, Plan, make_plan
+
+# Policies, the fastest first.
+_REMATS: tuple[Remat, ...] = ("none", "products", "attention", "full")
+
+
+def search(cell: Cell, first: Layout, tries: int, *, quick: bool, say: Callable[[str], None]) -> list[Plan]:
+    """Compiles some layouts of a cell, and returns their plans: those that fit, the smallest bound first, then others.
+
+    Args:
+      first: the layout that is tried first; the others are those whose estimate is nearest to what fits, with little
+        made again and few microbatches.
+      tries: how many at most, at least 1.
+      quick: as of `qwenvl_jax.plan.compiling.compile_step`.
+      say: told what is tried.
+    """
+    plans = []
+    for number, layout in enumerate(candidates(cell, first)[:tries], 1):
+        plan = make_plan(cell, layout, by_rule=True, quick=quick)
+        held = plan.memory
+        said = f"{(held.total or 0) / 2**30:.2f} GiB" if held.fits else "does not fit"
+        say(f"{number} of {tries}: {layout.arguments()}: {said}, bound {plan.ranked_seconds:.3g} s")
+        plans.append(plan)
+    return sorted(plans, key=rank)
+
+
+def rank(plan: Plan) -> tuple[bool, float]:
+    """What plans of a cell are sorted by: what fits by its bounds, what does not by how much it is too large."""
+    return not plan.memory.fits, plan.ranked_seconds if plan.memory.fits else plan.memory.excess
+
+
+def candidates(cell: Cell, first: Layout) -> list[Layout]:
+    """Layouts to try, in this order."""
+    stage, limit = cell.stage, cell.topology.hardware.hbm
+    found = [
+        dataclasses.replace(layout, remat=remat)
+        for layout in meshes.layouts(stage, cell.model, cell.topology)
+        for remat in _REMATS
+    ]
+    sizes = {
+        layout: meshes.estimate(layout, stage, cell.model, cell.topology, cell.param_bytes) / limit for layout in found
+    }
+
+    def preference(layout: Layout):
+        # What is estimated to fit goes before what is not, and of that what moves least and makes least again.
+        mesh = layout.mesh
+        cost = layout.microbatches * (1 + 0.1 * (mesh.context - 1) ** 0.5 + 0.3 * (mesh.tensor - 1) ** 0.5)
+        return sizes[layout] > 1, cost if sizes[layout] <= 1 else sizes[layout], _REMATS.index(layout.remat)
+
+    return [first, *(layout for layout in sorted(found, key=preference) if layout != first)]

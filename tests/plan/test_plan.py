@@ -1,0 +1,256 @@
+"""Plans: facts, tables, mistakes, and steps compiled for slices."""
+
+import json
+import os
+
+import pytest
+
+from qwenvl_jax import cli
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.plan import compiling, show
+from qwenvl_jax.plan.assumed import assume
+from qwenvl_jax.plan.bounds import bounds, by_axis, memory
+from qwenvl_jax.plan.compiling import Compiled, check_libtpu, needed_bytes
+from qwenvl_jax.plan.plan import Plan, layout_of, read_cells
+from qwenvl_jax.plan.search import candidates, rank
+from tests.parallel.test_compiled import needs_libtpu
+
+GIB = 2**30
+S1 = "configs/pretrain/s1.py"
+
+# A model of few weights in the ids and the form of Qwen3-VL, for compilers.
+SMALL = """\
+import dataclasses
+
+from qwenvl_jax.presets import PRESETS
+from qwenvl_jax.train import recipes
+
+
+def get_config():
+    config = recipes.pretraining(recipes.s1())
+    model = PRESETS["qwen3_vl_2b"]
+    text = dataclasses.replace(model.text, num_hidden_layers=2, vocab_size=4096, hidden_size=256, intermediate_size=512)
+    vision = dataclasses.replace(
+        model.vision, depth=2, hidden_size=256, intermediate_size=512, num_heads=4, out_hidden_size=256,
+        deepstack_visual_indexes=(0,),
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(model, text=text, vision=vision))
+"""
+BATCH = ["--batch.rows", "4", "--batch.groups", "4", "--batch.length", "1024"]
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def compiled(**changes) -> Compiled:
+    """What the compiler might say of S1 of the 8B."""
+    state = {"weights": 64 << 20, "frozen": 0, "optimizer": 128 << 20, "batch": 1 << 20}
+    facts = {
+        "parameters": 8_767_123_696,
+        "learning": 8_767_123_696,
+        "state": state,
+        "arguments": 193 << 20,
+        "temporaries": 10 * GIB,
+        "outputs": 192 << 20,
+        "aliased": 191 << 20,
+        "host": 0,
+        "needed": None,
+        "flops": 459 * 10**17,
+        "again": 153 * 10**17,
+        "sent": {"fsdp+context all-gather": 60 * GIB, "context all-gather": 2 * GIB, "context reduce-scatter": GIB},
+        "unknown_loops": 0,
+        "seconds": 30.0,
+    }
+    return Compiled(**facts | changes)
+
+
+def plan_of(found: Compiled, topology: str = "v5p:8x8x8") -> Plan:
+    (cell,) = read_cells(S1, [], topology=topology, model="qwen3_vl_8b")
+    layout, by_rule = layout_of(cell)
+    assumed = assume(cell.stage, cell.model)
+    return Plan(
+        cell, layout, by_rule, False, assumed, found, memory(found, cell.topology), bounds(found, cell.topology)
+    )
+
+
+def test_facts():
+    facts = plan_of(compiled()).facts()
+    assert list(facts) == [
+        "config", "model", "topology", "devices", "mesh", "fits", "hbm", "parameters", "flops_per_step",
+        "flops_per_token", "collective_bytes", "bounds", "days", "compile_seconds",
+    ]  # fmt: skip
+    temporaries = 10 * GIB + (1 << 20)  # what of the outputs does not lie where arguments lay is apart
+    limit = int(95.73 * GIB)
+    assert facts["hbm"] == {
+        "limit": limit,
+        "arguments": 193 << 20,
+        "temporaries": temporaries,
+        "total": temporaries + (193 << 20),
+    }
+    assert facts["fits"] and facts["devices"] == 512
+    assert facts["mesh"] == {
+        "data": 1, "fsdp": 256, "expert": 1, "context": 2, "tensor": 1, "rules": "zero", "microbatches": 1,
+        "remat": "full",
+    }  # fmt: skip
+    assert facts["collective_bytes"] == {"fsdp+context": 60 * GIB, "context": 3 * GIB}
+    assert facts["bounds"]["compute"] == pytest.approx(459e17 / 512 / 459e12)
+    assert facts["bounds"]["hbm"] == pytest.approx((385 * 2**20 + 20 * GIB) / 2765e9)
+    assert facts["bounds"]["ici"] == pytest.approx(63 * GIB / 600e9)
+    assert facts["bounds"]["dcn"] is None
+    assert facts["days"] == pytest.approx(119_209 * 459e17 / 512 / 459e12 / 86400)
+    assert facts["flops_per_token"] == 459e17 / (1024 * 8192)
+    json.dumps(facts)
+
+
+def test_a_table_tells_all_of_it():
+    text = show.table(plan_of(compiled()))
+    for words in (
+        "fsdp 256, context 2, rules zero, 1 microbatches, remat full; by the rule:",
+        "each row is one sample of 8,192 tokens",
+        "batch.vision=((6, 1024), (9, 10240))",
+        "8,767,123,696, all learn",
+        "weights 64.00 MiB",
+        "33% more for what --remat full makes again",
+        "60.00 GiB   all-gather over fsdp+context",
+        "one slice: nothing crosses it",
+        "119,209 steps",
+        "qwenvl-jax train configs/pretrain/s1.py --model qwen3_vl_8b --mesh.fsdp 256 --mesh.context 2 --mesh.rules",
+    ):
+        assert words in text, text
+    assert "2 loops of unknown length" in show.table(plan_of(compiled(unknown_loops=2)))
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (compiled(temporaries=20 * GIB), ["NO, by 6.01 GiB too many", "--microbatches"]),
+        # 14 of 15.75 GiB are within the limit, and beyond what a step may take of it.
+        (compiled(temporaries=14 * GIB), ["NO, by 14.80 MiB too many"]),
+        (
+            compiled(
+                arguments=None, temporaries=None, outputs=None, aliased=None, host=None, sent=None, needed=40 * GIB
+            ),
+            ["NO, by 25.83 GiB too many", "not counted", "not known, since nothing was compiled"],
+        ),
+        (compiled(arguments=9 * GIB), ["a larger slice"]),
+    ],
+)
+def test_what_does_not_fit_says_by_how_much_and_what_to_change(found, words):
+    plan = plan_of(found, "v5e:16x16")
+    assert not plan.memory.fits and not plan.facts()["fits"]
+    text = show.table(plan)
+    assert all(word in text for word in words), text
+
+
+def test_bytes_by_axis():
+    assert by_axis({"fsdp all-gather": 3, "fsdp reduce-scatter": 4, "fsdp+tensor all-reduce": 5}) == {
+        "fsdp": 7,
+        "fsdp+tensor": 5,
+    }
+    assert by_axis(None) is None
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("the total memory required for HLO temporaries (600.00G) exceeds available HBM (15.75G)", 600 * GIB),
+        (
+            "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+            20.5 * GIB,
+        ),
+        ("something else", None),
+    ],
+)
+def test_what_the_compiler_says_of_memory(message, size):
+    assert needed_bytes(message) == size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology", "v5p:7x7x7"], ["'v5p:7x7x7'", "4x4x4"]),
+        (["--topology", "v5p:8x8x8", "--stage", "s7"], ["'s7'", "s1"]),
+        (["--topology", "v5p:8x8x8", "--mesh.tensor", "3"], ["mesh.tensor=3", "1, 2, 4, 8"]),
+        (["--topology", "v5p:8x8x8", "--mesh.tonsor", "4"], ["--mesh.tonsor", "--mesh.tensor"]),
+        (["--topology", "v5p:8x8x8", "--model", "qwen3_vl_5b"], ["qwen3_vl_5b"]),
+        ([], ["--topology"]),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_compiled(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(compiling, "check_libtpu", lambda: None)
+    monkeypatch.setattr(show, "check_libtpu", lambda: None)
+    assert cli.main(["plan", S1, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and all(word in err for word in words), err
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'qwenvl_jax\[tpu\]'"):
+        check_libtpu()
+
+
+def test_a_mesh_of_the_run_is_kept():
+    (cell,) = read_cells(S1, ["--mesh.fsdp", "64", "--mesh.context", "8", "--microbatches", "2"], topology="v5p:8x8x8")
+    layout, by_rule = layout_of(cell)
+    assert not by_rule and (layout.mesh.fsdp, layout.mesh.context, layout.microbatches) == (64, 8, 2)
+    assert layout.mesh.rules == "fsdp_tensor"
+
+
+def test_a_search_tries_the_first_layout_first_and_each_once():
+    (cell,) = read_cells(S1, [], topology="v5e:16x16", model="qwen3_vl_8b")
+    first, _ = layout_of(cell)
+    found = candidates(cell, first)
+    assert found[0] == first and len(set(found)) == len(found) > 20
+    assert {layout.remat for layout in found} == {"none", "products", "attention", "full"}
+
+
+def test_what_fits_ranks_by_its_bounds_and_what_does_not_by_its_excess():
+    quick, slow = compiled(again=0), compiled(again=10**19)
+    large, larger = compiled(temporaries=90 * GIB), compiled(temporaries=91 * GIB)
+    plans = [plan_of(found) for found in (larger, slow, large, quick)]
+    assert sorted(plans, key=rank) == [plans[3], plans[1], plans[2], plans[0]]
+    lines = show.ranking([plans[3], plans[2]]).splitlines()
+    assert " yes " in lines[2] and " no " in lines[3] and "--mesh.fsdp 256" in lines[2]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_small_stage_compiled_for_a_slice(small, capsys, monkeypatch):
+    """As on the command line, with the environment of this process untouched."""
+    before = dict(os.environ)
+    assert cli.main(["plan", small, "--topology", "v5e:2x2", "--json", "--quick", *BATCH]) == 0
+    assert dict(os.environ) == before
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["fits"] and facts["devices"] == 4 and facts["topology"] == "v5e:2x2"
+    (cell,) = read_cells(small, BATCH, topology="v5e:2x2")
+    layout, _ = layout_of(cell)
+    assert facts["mesh"]["fsdp"] == layout.mesh.fsdp == 4
+    # Weights and two moments in f32, in four parts, and the batch.
+    held = 12 * facts["parameters"] / 4
+    assert held < facts["hbm"]["arguments"] < 1.5 * held + (8 << 20)
+    # Gradients are summed along fsdp, and weights gathered in bf16 forward and backward.
+    assert facts["collective_bytes"]["fsdp"] > 2 * 2 * facts["parameters"] * 3 / 4 / 2
+    assert facts["bounds"]["ici"] == sum(facts["collective_bytes"].values()) / 200e9
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_an_oversized_stage_does_not_fit(small, capsys):
+    """67 million tokens, with pictures, on one chip."""
+    batch = ["--batch.rows", "65536", "--batch.groups", "1", "--batch.length", "1024"]
+    assert cli.main(["plan", small, "--topology", "v5e:1x1", *batch]) == 1
+    out = capsys.readouterr().out
+    assert "NO, by " in out and "of which a step may take 90%" in out
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_search_ranks_what_fits(small, capsys):
+    assert cli.main(["plan", small, "--topology", "v5e:2x2", "--search", "2", "--quick", "--json", *BATCH]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["fits"] and first["mesh"] != second["mesh"]

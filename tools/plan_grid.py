@@ -1,0 +1,151 @@
+"""Plans every size of Qwen3-VL in every stage on four slices, one file a cell in docs/plan, and writes docs/plan.md.
+
+    .venv/bin/python -m tools.plan_grid [--only TEXT] [--limit N] [--full]
+
+A cell that has its file is left alone, so a run that was stopped goes on where it was. Without `--limit`, all cells;
+with `--limit 0` the page alone. One cell at a time, the smallest first. Code is not generated unless `--full` is given:
+figures are the same, and a cell takes minutes less.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwenvl_jax.errors import QwenVLError
+from qwenvl_jax.plan.plan import layout_of, make_plan, read_cells
+from qwenvl_jax.plan.show import advice, command
+
+ROOT = Path(__file__).parents[1]
+FOLDER, PAGE = ROOT / "docs" / "plan", ROOT / "docs" / "plan.md"
+SIZES = ("2b", "4b", "8b", "30b_a3b", "32b", "235b_a22b")
+STAGES = ("s0", "s1", "s2", "s3")
+SLICES = ("v5e:16x16", "v6e:16x16", "tpu7x:4x4x8", "v5p:8x8x8")
+_GIB = 2**30
+_HEAD = """\
+# What fits where
+
+Each stage of Qwen3-VL's pre-training (`configs/pretrain`), compiled for TPU slices on a machine without one. A cell
+says the HBM of a device that the step takes, of what a program may use, and the days that the stage takes at least: the
+largest of the bounds of compute, HBM and ICI. They are bounds, each as if nothing else cost time, and no prediction: no
+step is that fast. The mesh is the rule's; `qwenvl-jax plan ... --search 8` may find a better one.
+"""
+
+
+def cells() -> Iterator[tuple[str, str, str]]:
+    """(size, stage, slice), the smallest first."""
+    return ((size, stage, slice_) for size in SIZES for slice_ in SLICES for stage in STAGES)
+
+
+def path_of(size: str, stage: str, topology: str) -> Path:
+    """The file of a cell."""
+    return FOLDER / f"{size}-{stage}-{topology.replace(':', '-')}.json"
+
+
+def planned(size: str, stage: str, topology: str, *, quick: bool) -> dict[str, Any]:
+    """What stands in the file of a cell."""
+    config = f"configs/pretrain/{stage}.py"
+    (cell,) = read_cells(config, [], topology=topology, model=f"qwen3_vl_{size}")
+    layout, by_rule = layout_of(cell)
+    plan = make_plan(cell, layout, by_rule=by_rule, quick=quick)
+    return {
+        "plan": plan.facts(),
+        "command": command(plan),
+        "advice": None if plan.memory.fits else advice(plan),
+        "assumed": plan.assumed.notes,
+        "code_generated": not quick,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def page(found: dict[tuple[str, str, str], dict[str, Any]]) -> str:
+    """docs/plan.md."""
+    total = len(list(cells()))
+    lines = [_HEAD, f"Made by `.venv/bin/python -m tools.plan_grid`: {len(found)} of {total} cells are in docs/plan."]
+    if len(found) < total:
+        lines += [
+            "",
+            "**The grid is not complete**: a cell with a dash was not compiled yet, and nothing is said of it.",
+        ]
+    lines += ["", f"| | {' | '.join(SLICES)} |", "| --- " * (len(SLICES) + 1) + "|"]
+    for size in SIZES:
+        for stage in STAGES:
+            row = (_cell(found.get((size, stage, slice_))) for slice_ in SLICES)
+            lines.append(f"| {size.upper().replace('_', '-')} {stage.upper()} | {' | '.join(row)} |")
+    lines += [*_assumed(found), *_recipes(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    plan = found["plan"]
+    memory, limit = plan["hbm"]["total"], plan["hbm"]["limit"]
+    taken = (
+        f"{memory / _GIB:.1f} of {limit / _GIB:.1f} GiB" if memory is not None else f"more than {limit / _GIB:.1f} GiB"
+    )
+    return f"{taken}, {plan['days']:.1f} days" if plan["fits"] else f"does not fit: {taken}"
+
+
+def _assumed(found: dict[tuple[str, str, str], dict[str, Any]]) -> Iterator[str]:
+    """What was assumed of the batches of each stage."""
+    yield from ("", "## What is assumed", "")
+    for stage in STAGES:
+        notes = {tuple(one["assumed"]) for (_, name, _), one in found.items() if name == stage}
+        for note in sorted(notes)[:1]:
+            yield f"- **{stage.upper()}**: {'; '.join(note)} (rows rounded up for the mesh)."
+    generated = sum(one["code_generated"] for one in found.values())
+    yield f"- Code was generated for {generated} of the {len(found)} cells; for the others the compiler was stopped"
+    yield "  once all buffers had their memory, which changes none of the figures."
+    versions = sorted({f"jax {v['jax']}, libtpu {v['libtpu']}" for v in (one["versions"] for one in found.values())})
+    dates = sorted({one["date"] for one in found.values()})
+    if dates:
+        yield f"- {'; '.join(versions)}; {dates[0]} to {dates[-1]}."
+
+
+def _recipes(found: dict[tuple[str, str, str], dict[str, Any]]) -> Iterator[str]:
+    """Commands of the cells that fit, and what is said of the others."""
+    yield from ("", "## Recipes", "")
+    yield "No flag of XLA or libtpu is set in any of them, since none was tried on hardware: the defaults hold."
+    yield from ("", "| size | stage | slice | command |", "| --- | --- | --- | --- |")
+    for size, stage, slice_ in cells():
+        if one := found.get((size, stage, slice_)):
+            text = f"`{one['command']}`" if one["plan"]["fits"] else f"does not fit: {one['advice']}"
+            yield f"| {size.upper().replace('_', '-')} | {stage.upper()} | {slice_} | {text} |"
+
+
+def read() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The cells that have their files."""
+    return {cell: json.loads(path_of(*cell).read_text()) for cell in cells() if path_of(*cell).exists()}
+
+
+def main() -> None:
+    """Compiles the cells that are missing, and writes the page after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="TEXT", default="", help="cells whose file's name holds this")
+    parser.add_argument("--limit", metavar="N", type=int, help="cells at most")
+    parser.add_argument("--full", action="store_true", help="generate code too")
+    options = parser.parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    missing = [cell for cell in cells() if not path_of(*cell).exists() and options.only in path_of(*cell).name]
+    for cell in missing[: options.limit]:
+        try:
+            result = planned(*cell, quick=not options.full)
+        except QwenVLError as error:
+            print(f"{' '.join(cell)}: {error}", flush=True)
+            continue
+        path = path_of(*cell)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.replace(path)
+        print(f"{' '.join(cell)}: {_cell(result)}, {result['plan']['compile_seconds']:.0f} s", flush=True)
+        PAGE.write_text(page(read()))
+    PAGE.write_text(page(read()))
+
+
+if __name__ == "__main__":
+    main()
