@@ -5,6 +5,7 @@ the data, and the run's fingerprint). A run continues only from a checkpoint of 
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -37,6 +38,8 @@ class CheckpointStore:
         path = epath.Path(folder)
         self.folder = path if "://" in str(folder) else path.absolute()
         self._fingerprint = dict(fingerprint)
+        # What stops a save is told here, by what raises; the threads that it stopped need not print where each was.
+        logging.getLogger("absl").addFilter(_without_traceback)
         preserved = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
         with self._told("the checkpoints"):
             self._manager = ocp.CheckpointManager(
@@ -54,6 +57,7 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind, *_):
+        logging.getLogger("absl").removeFilter(_without_traceback)
         try:
             self._manager.close()
         except Exception:
@@ -159,6 +163,11 @@ _REFUSALS = (
     "PERMISSION_DENIED",
     "Read-only file system",
 )
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = record.exc_text = record.stack_info = None
+    return True
 
 
 def _is_refusal(error: Exception) -> bool:
