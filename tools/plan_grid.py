@@ -88,7 +88,8 @@ def _cell(found: dict[str, Any] | None) -> str:
     taken = (
         f"{memory / _GIB:.1f} of {limit / _GIB:.1f} GiB" if memory is not None else f"more than {limit / _GIB:.1f} GiB"
     )
-    return f"{taken}, {plan['days']:.1f} days" if plan["fits"] else f"does not fit: {taken}"
+    days = f"{plan['days']:.1f}" if plan["days"] >= 0.1 else f"{plan['days']:.2f}"
+    return f"{taken}, {days} days" if plan["fits"] else f"does not fit: {taken}"
 
 
 def _assumed(found: dict[tuple[str, str, str], dict[str, Any]]) -> Iterator[str]:

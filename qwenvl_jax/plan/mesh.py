@@ -121,6 +121,9 @@ def estimate(layout: Layout, stage: StageConfig, model: QwenVLConfig, topology: 
         kept += 2 * patches * vision.depth * _kept(layout.remat, vision.hidden_size, vision.hidden_size, made, 1)
     working = 2 * 3 * (tokens * (4 * text.hidden_size + 2 * width // mesh.tensor))
     seen = 2 * 3 * patches * (4 * vision.hidden_size + vision.intermediate_size)
+    keys = 2 * text.num_key_value_heads * text.head_dim // mesh.tensor
+    if mesh.context > 1:  # of whole rows, with their gradients
+        working += 2 * 3 * tokens * mesh.context * keys
     layer = 2 * 2 * (total - tower) // (text.num_hidden_layers * mesh.tensor * mesh.expert)
     head = (2 + 2 + 4) * text.vocab_size * text.hidden_size // mesh.tensor
     logits = 8 * stage.loss_chunk * text.vocab_size // mesh.tensor

@@ -141,22 +141,24 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
 def advice(plan: Plan) -> str:
     """What to change about a plan that does not fit."""
     layout, groups = plan.layout, plan.cell.stage.batch.groups
-    arguments = plan.memory.arguments or 0
+    state, half = plan.compiled.state, USABLE * plan.memory.limit / 2
     share = plan.cell.topology.devices // (layout.mesh.context * layout.mesh.tensor)
     tips = []
-    if arguments > USABLE * plan.memory.limit / 2:
-        tips.append("weights and optimizer alone take more than half of it, so a larger slice")
+    if state["batch"] > half:
+        tips.append("fewer batch.rows: the batch alone takes more than half of it")
+    if sum(state.values()) - state["batch"] > half:
+        tips.append("a larger slice: weights and optimizer alone take more than half of it")
         if layout.mesh.rules != "zero":
             tips.append("--mesh.rules zero, which splits weights over all devices")
     if layout.remat not in ("full", "offload"):
         tips.append("--remat full")
     if groups % (2 * share * layout.microbatches) == 0:
         tips.append(f"--microbatches {2 * layout.microbatches}")
-    else:
+    elif layout.mesh.fsdp % 2 == 0:
         tips.append(f"half of mesh.fsdp, twice of mesh.context, and --microbatches {2 * layout.microbatches}")
     if layout.remat == "full":
         tips.append("--remat offload")
-    return ", or ".join([*tips, "--search 8, which tries others"])
+    return "; or ".join([*tips, "a larger slice" if len(tips) < 2 else "--search 8, which tries others"])
 
 
 def _exchange_lines(plan: Plan) -> Iterator[str]:

@@ -136,7 +136,14 @@ def test_a_table_tells_all_of_it():
             ),
             ["NO, by 25.83 GiB too many", "not counted", "not known, since nothing was compiled"],
         ),
-        (compiled(arguments=9 * GIB), ["a larger slice"]),
+        (
+            compiled(temporaries=20 * GIB, state={"weights": 9 * GIB, "frozen": 0, "optimizer": 0, "batch": 0}),
+            ["a larger slice: weights and optimizer alone"],
+        ),
+        (
+            compiled(temporaries=20 * GIB, state={"weights": 0, "frozen": 0, "optimizer": 0, "batch": 9 * GIB}),
+            ["fewer batch.rows: the batch alone"],
+        ),
     ],
 )
 def test_what_does_not_fit_says_by_how_much_and_what_to_change(found, words):

@@ -19,21 +19,21 @@ pytestmark = pytest.mark.usefixtures("promotion_as_usual")
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "mesh", "adapter"),
     [
-        {"trainable": "mergers"},
-        {"microbatches": 2, "remat": "full", "batch": BatchShape(rows=4, length=160, groups=4, vision=((8, 24),))},
+        (
+            {"microbatches": 2, "remat": "full", "batch": BatchShape(rows=4, length=160, groups=4, vision=((8, 24),))},
+            MeshConfig(fsdp=2),
+            AdapterConfig(),
+        ),
+        pytest.param({}, MeshConfig(fsdp=1), AdapterConfig(rank=2), marks=pytest.mark.slow),
     ],
 )
-def test_a_run_jits_what_a_plan_lowers(tmp_path, clip, monkeypatch, changes):
-    """Each as its own code traces it, to the jaxpr, with what is donated and where results lie."""
+def test_a_run_jits_what_a_plan_lowers(tmp_path, clip, monkeypatch, changes, mesh, adapter):
+    """Each as its own code traces it: the jaxpr, what is donated and where results lie."""
     write_tiny_run(tmp_path, clip)
     config = tiny_config(tmp_path)
     stage = dataclasses.replace(config.stages[1], steps=1, **changes)
-    mesh = MeshConfig(fsdp=2, tensor=1) if "batch" in changes else MeshConfig(fsdp=1)
-    adapter = AdapterConfig() if "batch" in changes else AdapterConfig(rank=2)
-    if adapter.rank:
-        stage = dataclasses.replace(stage, trainable="all")
     config = dataclasses.replace(config, stages=(stage,), mesh=mesh, adapter=adapter)
     traced, classes = [], []
 
