@@ -135,7 +135,8 @@ def _kept(command: list[str], environment: dict[str, str], said: Path) -> Iterat
 def _end_jobs(environment: dict[str, str]) -> None:
     """Kills what still runs: tasks outlive the daemons."""
     user = f"--user={getpass.getuser()}"
-    for command in (["scancel", "--full", "--signal=KILL", user], ["scancel", user]):
+    kill = ["scancel", "--signal=KILL", user]  # the tasks; with --full the script and what it started
+    for command in (kill, [*kill, "--full"], ["scancel", user]):
         subprocess.run(command, env=environment, capture_output=True, check=False, timeout=60)
     deadline = time.monotonic() + 20
     listing = ["squeue", "--noheader"]

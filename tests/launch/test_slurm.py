@@ -133,7 +133,7 @@ class Job:
     def facts(self) -> dict[str, str]:
         return facts(self.slurm, self.number)
 
-    def until(self, what, seconds: float = 500):
+    def until(self, what, seconds: float = 1500):
         """Waits until `what` gives something, and returns it."""
         deadline = time.monotonic() + seconds
         while not (found := what()):
