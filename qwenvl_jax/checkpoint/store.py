@@ -101,6 +101,8 @@ class CheckpointStore:
                 raise
             steps = sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdigit())
             whole = f"that of step {steps[-1]} is whole" if steps else "there is none yet"
+            # Each array of that checkpoint would say the same once more as the process ends.
+            logging.getLogger("asyncio").addFilter(_no_array_of_a_save)
             raise CheckpointError(
                 f"{what} in {self.folder} could not be written ({_reason(error)}); {whole}. Make room or "
                 "give leave, and start the same command again."
@@ -168,6 +170,10 @@ _REFUSALS = (
 def _without_traceback(record: logging.LogRecord) -> bool:
     record.exc_info = record.exc_text = record.stack_info = None
     return True
+
+
+def _no_array_of_a_save(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Future exception was never retrieved")
 
 
 def _is_refusal(error: Exception) -> bool:

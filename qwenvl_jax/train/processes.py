@@ -49,10 +49,13 @@ def join() -> None:
 
     Where others do not come, JAX ends this process by SIGABRT, so that whoever started it may try again.
     """
-    if jax.distributed.is_initialized() or _jax_in_use():
+    if jax.distributed.is_initialized():
         return
-    arguments = clusters.arguments(os.environ)
-    if arguments is None:
+    in_use = _jax_in_use()
+    if in_use and not any(os.environ.get(name) for name in (clusters.COUNT, clusters.INDEX)):
+        return
+    arguments = clusters.arguments(os.environ)  # what was given by hand is looked at in any case
+    if arguments is None or in_use:
         return
     if _initialize(arguments):
         _end_by_sigterm()
