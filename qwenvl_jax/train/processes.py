@@ -58,6 +58,9 @@ def join() -> None:
     if arguments is None or in_use:
         return
     if _initialize(arguments):
+        # CPUs, unlike a TPU or a GPU, run programs at once that were handed over one after the other; exchanges of two
+        # (a step and a save, say) then meet those of another process in any order, and Gloo ends both.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         _end_by_sigterm()
     else:
         clusters.check_alone(os.environ)
