@@ -54,8 +54,8 @@ def small_model(experts: bool = False) -> QwenVLConfig:
     )
 
 
-def measured(name: str) -> dict[str, Any]:
-    """What the compiler says of a cell: bytes of a device."""
+def measured(name: str, *, quick: bool = True) -> dict[str, Any]:
+    """What the compiler says of a cell: bytes of a device; `quick` as of `qwenvl_jax.plan.compiling.compile_step`."""
     topology, mesh, experts = CELLS[name]
     model = small_model(experts)
     batch = BatchShape(rows=4, length=1024, groups=4, vision=((4, 512),))
@@ -63,7 +63,7 @@ def measured(name: str) -> dict[str, Any]:
     assumed = assume(stage, model, multiple=mesh.context * mesh.tensor)
     stage = dataclasses.replace(stage, data=DataConfig())
     config = dataclasses.replace(recipes.pretraining(stage), model=model, mesh=mesh)
-    found = compile_step(Request(config, assumed, topology), quick=True)
+    found = compile_step(Request(config, assumed, topology), quick=quick)
     return {
         "topology": topology,
         "mesh": dataclasses.asdict(mesh),

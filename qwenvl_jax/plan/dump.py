@@ -10,8 +10,8 @@ _PROGRAM = "*jit_step*.after_optimizations.txt"
 _BUFFERS = "*jit_step*.after_optimizations-buffer-assignment.txt"
 _AFTERWARDS = "*jit_step*.after_optimizations_after_buffer_assignment.txt"
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(?: color (\d+),)? (.*)$", re.MULTILINE)
-# Numbers of memory spaces: none is HBM.
-_HOST = "4"
+# Numbers of memory spaces: none is HBM; other numbers are those of memories on the chip.
+_HOST = "5"
 
 
 def sent_bytes(dump: Path, mesh_shape: tuple[int, ...]) -> tuple[dict[str, int] | None, int]:

@@ -11,9 +11,13 @@ from jax.sharding import Mesh
 
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.data.packing import BatchShape
+from qwenvl_jax.flops import Work
 from qwenvl_jax.parallel.placement import Execution
-from qwenvl_jax.parallel.rules import make_rules
-from qwenvl_jax.train.config import StageConfig
+from qwenvl_jax.parallel.rules import BATCH_AXES, make_rules
+from qwenvl_jax.plan.assumed import Assumed
+from qwenvl_jax.plan.compiling import Compiled, Request
+from qwenvl_jax.plan.compiling import compile_step as compile_step_for
+from qwenvl_jax.train.config import MeshConfig, StageConfig, TrainConfig
 from qwenvl_jax.train.program import abstract_batch, abstract_state
 from qwenvl_jax.train.program import trace_step as trace
 from qwenvl_jax.train.state import ModelParts
@@ -36,6 +40,31 @@ def tpu_devices(topology: str):
 def compile_step(config: QwenVLConfig, mesh: Mesh, **settings):
     """The compiled step of a stage on a mesh, from shapes alone; settings as of `trace_step`."""
     return trace_step(config, mesh, **settings).lower().compile()
+
+
+def step_on_slice(
+    config: QwenVLConfig,
+    topology: str,
+    *,
+    stage: StageConfig | None = None,
+    length: int = 1024,
+    vision=((2, 512),),
+    quick: bool = True,
+    **sizes: int,
+) -> Compiled:
+    """What the step of a stage takes on a TPU slice, compiled in another process; a row and a group on each share.
+
+    Args:
+      quick: as of `qwenvl_jax.plan.compiling.compile_step`; that takes seconds instead of minutes.
+      sizes: of the mesh.
+    """
+    stage = stage or StageConfig(name="s", steps=10, remat="full")
+    shares = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+    shape = BatchShape(rows=shares, length=length, groups=shares, vision=vision)
+    stage = dataclasses.replace(stage, batch=shape)
+    run = TrainConfig(model=config, processor="unread", stages=(stage,), mesh=MeshConfig(**sizes), dtype="bfloat16")
+    assumed = Assumed(shape, Work(tokens=shares * length), classes=0, notes=())
+    return compile_step_for(Request(run, assumed, topology), quick=quick)
 
 
 def trace_step(

@@ -11,7 +11,7 @@ import pytest
 from qwenvl_jax.parallel.mesh import make_mesh
 from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train.config import StageConfig
-from tests.parallel.compiled import collectives, compile_step, tpu_devices, trace_step
+from tests.parallel.compiled import collectives, compile_step, step_on_slice, tpu_devices, trace_step
 from tests.parallel.meshed import even_config
 
 needs_libtpu = pytest.mark.skipif(
@@ -77,13 +77,10 @@ def test_no_device_of_a_tpu_slice_sees_the_features_of_another_group():
 def test_temporaries_do_not_grow_with_the_slice():
     """The same work on each of 8 and of 256 devices, with 32 copies of the weights and with one."""
 
-    def temporaries(topology, **sizes):
-        mesh = make_mesh(tpu_devices(topology), **sizes)
-        return compile_step(few_layers("qwen3_vl_2b"), mesh, vision=((2, 512),)).memory_analysis().temp_size_in_bytes
-
-    small = temporaries("v5e:2x4", fsdp=8)
-    assert temporaries("v5e:16x16", data=32, fsdp=8) <= 1.05 * small
-    assert temporaries("v5e:16x16", fsdp=256) <= 1.05 * small
+    model = few_layers("qwen3_vl_2b")
+    small = step_on_slice(model, "v5e:2x4", fsdp=8).temporaries
+    assert step_on_slice(model, "v5e:16x16", data=32, fsdp=8).temporaries <= 1.05 * small
+    assert step_on_slice(model, "v5e:16x16", fsdp=256).temporaries <= 1.05 * small
 
 
 @needs_libtpu
@@ -121,15 +118,12 @@ def test_attention_by_cudnn_is_lowered_for_gpus(monkeypatch, sizes):
 @needs_libtpu
 @pytest.mark.slow
 def test_activations_are_kept_in_the_host_s_memory():
-    mesh = make_mesh(tpu_devices("v5e:2x4"), fsdp=8)
-
-    def memory(remat):
+    def host_bytes(remat):
         stage = StageConfig(name="s", steps=10, remat=remat)
-        return compile_step(few_layers("qwen3_vl_2b", 4), mesh, stage=stage, length=4096).memory_analysis()
+        return step_on_slice(few_layers("qwen3_vl_2b", 4), "v5e:2x4", stage=stage, length=4096, fsdp=8).host
 
-    offloaded, kept = memory("offload"), memory("full")
     # The input of each of four layers: 4096 tokens of 2048 values in two bytes.
-    assert offloaded.host_temp_size_in_bytes >= 4 * 4096 * 2048 * 2 > kept.host_temp_size_in_bytes == 0
+    assert host_bytes("offload") >= 4 * 4096 * 2048 * 2 > host_bytes("full") == 0
 
 
 @needs_libtpu
@@ -149,6 +143,6 @@ def test_slices_are_laid_out_with_the_slow_network_outermost():
 @pytest.mark.slow
 def test_a_row_of_262144_tokens_compiles_for_a_slice():
     """Four layers of the 8B, sixteen devices along `context`, with videos of 65,536 patches."""
-    mesh = make_mesh(tpu_devices("v5p:4x4x4"), fsdp=4, context=16)
-    memory = compile_step(few_layers("qwen3_vl_8b", 4), mesh, length=262_144, vision=((16, 4096),)).memory_analysis()
-    assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 30 * 2**30
+    model = few_layers("qwen3_vl_8b", 4)
+    found = step_on_slice(model, "v5p:4x4x4", length=262_144, vision=((16, 4096),), fsdp=4, context=16)
+    assert found.temporaries + found.arguments < 30 * 2**30

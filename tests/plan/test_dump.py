@@ -14,12 +14,12 @@ allocation 4: size 7, page 0, constant:
 allocation 5: size 5000, page 0, preallocated-temp:
  value: <2 y @0> (size=5000,offset=0): f32[1250]
 allocation 6: size 600, color 1, page 0, preallocated-temp:
-allocation 7: size 70000, color 4, page 0, preallocated-temp:
+allocation 7: size 70000, color 5, page 0, preallocated-temp:
 """
 
 
 def test_memory_of_a_program_is_read_once_it_is_written(tmp_path):
-    """Of the fast memory (color 1) nothing counts; color 4 is the host's."""
+    """Of the fast memory (color 1) nothing counts; color 5 is the host's."""
     assert not assigned(tmp_path)
     (tmp_path / f"{NAME}.after_optimizations.txt").write_text("HloModule jit_step\n")
     (tmp_path / f"{NAME}.after_optimizations-buffer-assignment.txt").write_text(BUFFERS)

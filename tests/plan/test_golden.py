@@ -55,3 +55,13 @@ def test_every_cell_has_its_figures():
 def test_a_small_cell_is_what_it_was(name):
     lines = moved(json.loads((FOLDER / f"{name}.json").read_text()), measured(name))
     assert not lines, f"{name} moved: {'; '.join(lines)}; if that is meant: python -m tools.golden_plans {name}"
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense-context-tensor", "experts"])
+def test_figures_are_those_of_a_program_compiled_to_the_end(name):
+    """Temporaries differ by what the compiler itself is given."""
+    quick, whole = measured(name), measured(name, quick=False)
+    assert whole.pop("temporaries") == pytest.approx(quick.pop("temporaries"), abs=64 * 2**10)
+    assert quick == whole
