@@ -91,7 +91,8 @@ class KVCache:
     """Keys and values of the tokens read so far.
 
     Attributes:
-      keys, values: [Y, B, S, K, E], the layers stacked; carried through the layer scan and updated in place.
+      keys, values: [Y, B, K, S, E], the layers stacked; a head's slots lie side by side, as what attends reads them, so
+        that no compiler need turn them; carried through the layer scan and updated in place.
       lengths: i32[B], slots in use in each row; the next token is written at this slot, over padding if need be.
       next_positions: i32[B], the position (on all axes) of the next token.
     """

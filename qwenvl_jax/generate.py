@@ -182,15 +182,15 @@ def _token_steps(model: QwenVL, batch: Batch, sampling: Sampling, seed: int, cou
     cache_size = batch.tokens.shape[1] + -(-count // LENGTH_STEP) * LENGTH_STEP
     # Prompts, seed and step are the host's: what is the same in all processes may go to the devices of all.
     draw = np.uint32(seed)
-    tokens_B, cache = _first(graph, weights, batch, draw, cache_size, sampling)
+    tokens_B, cache = read_prompts(graph, weights, batch, draw, cache_size, sampling)
     yield np.asarray(tokens_B)
     for step in range(1, count):
-        tokens_B, cache = _next(graph, weights, tokens_B, cache, draw, np.int32(step), sampling)
+        tokens_B, cache = read_token(graph, weights, tokens_B, cache, draw, np.int32(step), sampling)
         yield np.asarray(tokens_B)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "cache_size", "sampling"))
-def _first(graph, weights, batch: Batch, seed, cache_size: int, sampling: Sampling):
+def read_prompts(graph, weights, batch: Batch, seed, cache_size: int, sampling: Sampling):
     """Reads the prompts: (i32[B] first tokens, the cache)."""
     model = nnx.merge(graph, weights)
     logits_BV, cache = model.prefill(batch, cache_size)
@@ -198,7 +198,7 @@ def _first(graph, weights, batch: Batch, seed, cache_size: int, sampling: Sampli
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames=("cache",))
-def _next(graph, weights, tokens_B, cache: KVCache, seed, step, sampling: Sampling):
+def read_token(graph, weights, tokens_B, cache: KVCache, seed, step, sampling: Sampling):
     """Reads one token a row: (i32[B] tokens after them, the cache)."""
     model = nnx.merge(graph, weights)
     logits_BV, cache = model.decode(tokens_B, cache)

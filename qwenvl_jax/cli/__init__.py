@@ -241,30 +241,60 @@ def _add_plan(commands) -> None:
         "plan",
         help="what a stage takes on a TPU slice, compiled without having one",
         usage=f"{PROG} plan CONFIG --topology SLICE [--model NAME] [--stage NAME] [--json] [--quick] [--search N] "
-        "[--key value ...]",
+        f"[--key value ...]\n       {PROG} plan MODEL --serve --topology SLICE [--context N ...] [--rows N] "
+        "[--mesh.AXIS N ...] [--json] [--quick]",
         description="Compiles the step that `train` would run for a TPU slice that need not be there: memory, FLOPs,\n"
         "what devices exchange, and the bounds that follow on time. Needs libtpu: pip install 'qwenvl_jax[tpu]'.",
         epilog=f"""examples:
   {PROG} plan configs/pretrain/s1.py --model qwen3_vl_8b --topology v5p:8x8x8
   {PROG} plan configs/pretrain/s3.py --model qwen3_vl_8b --topology v5p:8x8x8 --mesh.fsdp 32 --mesh.context 16
   {PROG} plan configs/pretrain/curriculum.py --stage s1 --topology v5e:16x16 --search 6
+  {PROG} plan qwen3_vl_8b --serve --topology v5e:2x4 --context 32768
 
 Without --mesh a rule chooses the mesh and the microbatches, and says so. No data is read; what is assumed of it is
 told. Exit status 1 means that a stage does not fit.""",
     )
-    parser.add_argument("config", metavar="CONFIG", help="a Python file with get_config(), such as those in configs/")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG|MODEL",
+        help="a Python file with get_config(), such as those in configs/; with --serve a model, or a config with one",
+    )
     parser.add_argument("--topology", metavar="SLICE", required=True, help="such as v5p:8x8x8, v5e:16x16, tpu7x:4x4x8")
     parser.add_argument("--model", metavar="NAME", help="in place of the config's: a preset, a folder or a hub id")
     parser.add_argument("--stage", metavar="NAME", help="of the config's stages the one of this name; default: all")
     parser.add_argument("--json", action="store_true", help="as JSON; bytes are those of a device")
     parser.add_argument("--quick", action="store_true", help="stop once memory is assigned: no code is generated")
     parser.add_argument("--search", metavar="N", type=int, default=0, help="try N meshes and remat policies, rank them")
+    parser.add_argument("--serve", action="store_true", help="plan answers about a video in place of a stage")
+    parser.add_argument(
+        "--context", metavar="N", type=int, nargs="+", help="with --serve: tokens of a row; default: 8192 32768 262144"
+    )
+    parser.add_argument(
+        "--rows", metavar="N", type=int, default=0, help="with --serve: prompts at once; default: one on each share"
+    )
     parser.set_defaults(work=_plan, overrides=[])
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.serve:
+        if options.stage or options.search:
+            raise QwenVLError("--stage and --search are of training; leave them out with --serve.")
+        from qwenvl_jax.plan.show_serving import serve_command
+
+        return serve_command(
+            options.config,
+            options.overrides,
+            topology=options.topology,
+            model=options.model,
+            contexts=options.context or (),
+            rows=options.rows,
+            as_json=options.json,
+            quick=options.quick,
+        )
     from qwenvl_jax.plan.show import plan_command
 
+    if options.context or options.rows:
+        raise QwenVLError("--context and --rows are of answers; add --serve, or leave them out.")
     return plan_command(
         options.config,
         options.overrides,

@@ -98,7 +98,7 @@ class QwenVL(nnx.Module):
         """
         x_BTH, (keys, values), _ = self._decode_rows(batch, self.execution)
         lengths_B = jnp.sum(batch.segment_ids > 0, axis=1).astype(jnp.int32)
-        room = ((0, 0), (0, 0), (0, cache_size - x_BTH.shape[1]), (0, 0), (0, 0))
+        room = ((0, 0), (0, 0), (0, 0), (0, cache_size - x_BTH.shape[1]), (0, 0))
         last_B11 = (lengths_B - 1)[:, None, None]
         last_BH = jnp.take_along_axis(x_BTH, last_B11, axis=1)[:, 0]
         # What follows counts on from the last token, as in the reference's `generate`: the times of a video of

@@ -123,12 +123,12 @@ class Decoder(nnx.Module):
           execution: how; its `balanced` says in which order the slots stand.
 
         Returns:
-          ([B, T, H] after the last norm, (keys, values) each [Y, B, T, K, E], the experts' load by `router_load`, each
+          ([B, T, H] after the last norm, (keys, values) each [Y, B, K, T, E], the experts' load by `router_load`, each
           [Y, ...], or None without experts).
         """
 
         def attend(q, k, v):
-            return text_attention(q, k, v, segments_BT, execution), (k, v)
+            return text_attention(q, k, v, segments_BT, execution), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
         def body(x, layer):
             layer, index = layer
@@ -149,14 +149,14 @@ class Decoder(nnx.Module):
         Args:
           x_B1H: embeddings of the new tokens.
           cos, sin: [B, 1, E // 2].
-          keys, values: [Y, B, S, K, E].
+          keys, values: [Y, B, K, S, E].
           lengths_B: i32[B], the slot of the new token in each row.
 
         Returns:
           ([B, 1, H] after the last norm, keys, values).
         """
         rows = jnp.arange(x_B1H.shape[0])
-        filled_BS = (jnp.arange(keys.shape[2])[None, :] <= lengths_B[:, None]).astype(jnp.int32)
+        filled_BS = (jnp.arange(keys.shape[3])[None, :] <= lengths_B[:, None]).astype(jnp.int32)
         ones_B1 = jnp.ones((x_B1H.shape[0], 1), jnp.int32)
 
         def body(carry, layer):
@@ -164,9 +164,12 @@ class Decoder(nnx.Module):
             layer, index = layer
 
             def attend(q, k, v):
-                new_keys = keys.at[index, rows, lengths_B].set(k[:, 0])
-                new_values = values.at[index, rows, lengths_B].set(v[:, 0])
-                mine = (jax.lax.dynamic_index_in_dim(c, index, 0, keepdims=False) for c in (new_keys, new_values))
+                new_keys = keys.at[index, rows, :, lengths_B].set(k[:, 0])
+                new_values = values.at[index, rows, :, lengths_B].set(v[:, 0])
+                mine = (
+                    jax.lax.dynamic_index_in_dim(c, index, 0, keepdims=False).swapaxes(1, 2)
+                    for c in (new_keys, new_values)
+                )
                 y = attention(q, *mine, q_segments_BT=ones_B1, kv_segments_BS=filled_BS, causal=False)
                 return y, (new_keys, new_values)
 

@@ -2,27 +2,20 @@
 
 import dataclasses
 import json
-import math
 import os
 import pickle
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import QwenVLError
-from qwenvl_jax.flops import Work, step_flops
-from qwenvl_jax.parallel.placement import Execution, Remat
 from qwenvl_jax.plan import compiling
 from qwenvl_jax.plan.dump import assigned, assigned_bytes, sent_bytes
-from qwenvl_jax.train import program
-from qwenvl_jax.train.adapters import make_parts
-from qwenvl_jax.train.devices import mesh_of
+from qwenvl_jax.plan.programs import traced
 
 
 def main(folder: Path) -> None:
@@ -43,42 +36,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def traced_step(request: compiling.Request, devices: list[jax.Device]) -> tuple[jax.stages.Traced, dict[str, Any]]:
-    """The step of a request on these devices, and facts that are known without compiling it."""
-    config, (stage,) = request.config, request.config.stages
-    assert isinstance(config.model, QwenVLConfig)  # as requests have it
-    mesh, rules = mesh_of(config, devices)
-    parts = make_parts(config, config.model, mesh, rules)
-    state, frozen = program.abstract_state(parts, stage, config.seed)
-    batch = program.abstract_batch(config.model, request.assumed.shape, Execution(mesh, rules))
-    step = program.trace_step(parts, stage, state, frozen, batch, classes=request.assumed.classes)
-    rest = jax.tree.leaves((state.step, state.opt_state, state.rng, state.guard))
-    facts = {
-        "parameters": sum(math.prod(weight.shape) for weight in (state.params | frozen).values()),
-        "learning": sum(math.prod(weight.shape) for weight in state.params.values()),
-        "state": {
-            "weights": _bytes(state.params.values()),
-            "frozen": _bytes(frozen.values()),
-            "optimizer": _bytes(rest),
-            "batch": _bytes(jax.tree.leaves(batch)),
-        },
-        "flops": step_flops(config.model, request.assumed.work, state.params).total,
-        "again": made_again(config.model, request.assumed.work, state.params, stage.remat),
-    }
-    return step, facts
-
-
-def made_again(model: QwenVLConfig, work: Work, learning: Collection[str], remat: Remat) -> int:
-    """FLOPs that rematerialization adds to a step: of layers that have a backward pass, the forward pass or a part."""
-    text = {"tokens": work.tokens, "text_pairs": work.text_pairs}
-    seen = {name: getattr(work, name) for name in ("patches", "frame_pairs", "window_pairs")}
-    counts = text | seen if any(name.startswith("vision.") for name in learning) else text
-    pairs = {name: count if name.endswith("pairs") else 0 for name, count in counts.items()}
-    whole, attention = (step_flops(model, Work(**parts), ()).forward for parts in (counts, pairs))
-    return {"none": 0, "products": attention, "attention": whole - attention}.get(remat, whole)
-
-
-def compiled(request: compiling.Request, folder: Path) -> compiling.Compiled:
+def compiled(request: compiling.Request | compiling.ServeRequest, folder: Path) -> compiling.Compiled:
     """Compiles a request.
 
     Args:
@@ -87,7 +45,7 @@ def compiled(request: compiling.Request, folder: Path) -> compiling.Compiled:
     # As in a run; tests are stricter.
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     began = time.monotonic()
-    step, facts = traced_step(request, devices_of(request.topology))
+    step, facts = traced(request, devices_of(request.topology))
     lowered = step.lower()
     (folder / compiling.FACTS).write_text(json.dumps(facts))
     dump = folder / compiling.DUMP
@@ -124,14 +82,6 @@ def devices_of(topology: str) -> list[jax.Device]:
     from jax.experimental import topologies
 
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-
-
-def _bytes(leaves: Iterable[Any]) -> int:
-    """Of the part of each array that a device holds."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize if leaf.sharding is not None else 0
-        for leaf in leaves
-    )
 
 
 if __name__ == "__main__":

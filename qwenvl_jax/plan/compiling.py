@@ -1,4 +1,4 @@
-"""Compiles a stage's step for a slice that is not there, and reads off what it takes.
+"""Compiles a stage's step, or what answers, for a slice that is not there, and reads off what it takes.
 
 In a process of its own: libtpu wants environment variables that other code must not see, takes gigabytes, and what it
 prints is for its developers.
@@ -16,13 +16,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import ConfigError, QwenVLError
 from qwenvl_jax.parallel.mesh import AXES
 from qwenvl_jax.plan import dump
 from qwenvl_jax.plan.assumed import Assumed
-from qwenvl_jax.train.config import TrainConfig
+from qwenvl_jax.train.config import MeshConfig, TrainConfig
 
 # Told that there is no TPU, libtpu looks for none, on this machine or on others.
 _ENVIRONMENT = {
@@ -51,6 +52,41 @@ class Request:
     assumed: Assumed
     topology: str
 
+    @property
+    def mesh(self) -> MeshConfig:
+        """Of the run."""
+        return self.config.mesh
+
+
+Phase = Literal["prompt", "token"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeRequest:
+    """A program of `qwenvl_jax.generate` to compile, with weights and caches in bfloat16.
+
+    Attributes:
+      model: its shape.
+      mesh: all sizes given.
+      topology: as of `Request`.
+      rows, groups: of the batch.
+      context: slots of a row's cache; prompts fill them but for one `LENGTH_STEP`.
+      frames, patches: vision rows of a group, and patches of each.
+      phase: the program that reads prompts, or the one that reads a token of each row.
+      flops: of it, by formula.
+    """
+
+    model: QwenVLConfig
+    mesh: MeshConfig
+    topology: str
+    rows: int
+    groups: int
+    context: int
+    frames: int
+    patches: int
+    phase: Phase
+    flops: int
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -58,7 +94,8 @@ class Compiled:
 
     Attributes:
       parameters, learning: numbers of weights, of the whole model.
-      state: bytes by kind: "weights", "frozen", "optimizer", "batch".
+      state: bytes by kind: "weights", "frozen", "optimizer", "batch"; of what answers "decoder" (the weights that every
+        token is multiplied with), "experts", "others" (tower, mergers, a table of its own), "cache", "batch".
       arguments, temporaries, outputs, aliased, host: bytes of the compiled program; `aliased` of the outputs lie where
         arguments lay; `host` is in the host's memory. None of one for which the compiler found no memory.
       needed: bytes that a program that does not fit would take, as the compiler has it; None of one that does.
@@ -91,7 +128,7 @@ def check_libtpu() -> None:
         raise ConfigError("plans are compiled by libtpu, which is not installed: pip install 'qwenvl_jax[tpu]'.")
 
 
-def compile_step(request: Request, *, quick: bool = False) -> Compiled:
+def compile_step(request: Request | ServeRequest, *, quick: bool = False) -> Compiled:
     """Compiles in another process.
 
     Args:
@@ -129,7 +166,7 @@ def compile_step(request: Request, *, quick: bool = False) -> Compiled:
     return Compiled(**result)
 
 
-def _so_far(request: Request, folder: Path, seconds: float) -> Compiled:
+def _so_far(request: Request | ServeRequest, folder: Path, seconds: float) -> Compiled:
     """What is known once buffers have their memory."""
     sent, unknown = dump.sent_bytes(folder / DUMP, mesh_shape(request))
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
@@ -137,9 +174,9 @@ def _so_far(request: Request, folder: Path, seconds: float) -> Compiled:
     return Compiled(**facts, needed=None, sent=sent, unknown_loops=unknown, seconds=seconds)
 
 
-def mesh_shape(request: Request) -> tuple[int, ...]:
+def mesh_shape(request: Request | ServeRequest) -> tuple[int, ...]:
     """Devices along each axis of the mesh."""
-    return tuple(getattr(request.config.mesh, axis) for axis in AXES)
+    return tuple(getattr(request.mesh, axis) for axis in AXES)
 
 
 def needed_bytes(message: str) -> int | None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from qwenvl_jax.parallel.mesh import AXES
 from qwenvl_jax.plan.hlo import exchanges
 
-_PROGRAM = "*jit_step*.after_optimizations.txt"
-_BUFFERS = "*jit_step*.after_optimizations-buffer-assignment.txt"
-_AFTERWARDS = "*jit_step*.after_optimizations_after_buffer_assignment.txt"
+_PROGRAM = "*.after_optimizations.txt"
+_BUFFERS = "*.after_optimizations-buffer-assignment.txt"
+_AFTERWARDS = "*.after_optimizations_after_buffer_assignment.txt"
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(?: color (\d+),)? (.*)$", re.MULTILINE)
 # Numbers of memory spaces: none is HBM; other numbers are those of memories on the chip.
 _HOST = "5"

@@ -136,7 +136,7 @@ def read_cells(
     names = [one.name for one in config.stages]
     if stage is not None and stage not in names:
         raise ConfigError(f"{config_path} has no stage {stage!r}; its stages are {', '.join(names)}.")
-    shape, name = _model(config, model)
+    shape, name = model_of(config, model)
     return [
         Cell(config_path, tuple(overrides), config, one, name, model is not None, shape, slice_)
         for one in config.stages
@@ -144,7 +144,12 @@ def read_cells(
     ]
 
 
-def _model(config: TrainConfig, given: str | None) -> tuple[QwenVLConfig, str]:
+def model_of(config: TrainConfig, given: str | None) -> tuple[QwenVLConfig, str]:
+    """The shape and the name of a run's model, or of the one that is given in its place: a preset, folder or hub id.
+
+    Raises:
+      CheckpointError: a folder that is none of a model.
+    """
     model = given if given is not None else config.model
     if isinstance(model, QwenVLConfig):
         return model, next((name for name, shape in PRESETS.items() if shape == model), model.model_type)

@@ -13,7 +13,7 @@ from qwenvl_jax.plan.plan import Plan, layout_of, make_plan, read_cells
 from qwenvl_jax.plan.search import search
 
 _GIB = 2**30
-_BOUNDS = {"compute": "compute", "hbm": "HBM", "ici": "ICI (within the slice)", "dcn": "DCN (between slices)"}
+BOUNDS = {"compute": "compute", "hbm": "HBM", "ici": "ICI (within the slice)", "dcn": "DCN (between slices)"}
 
 
 def plan_command(
@@ -47,9 +47,9 @@ def plan_command(
     layouts = [layout_of(cell) for cell in cells]  # mistakes are told before anything is compiled
     facts, fit = dict[str, Any](), True
     for cell, (layout, by_rule) in zip(cells, layouts, strict=True):
-        _say(f"{cell.stage.name}: compiling for {cell.topology.name}, which takes minutes ...")
+        say(f"{cell.stage.name}: compiling for {cell.topology.name}, which takes minutes ...")
         if tries:
-            found = search(cell, layout, tries, quick=quick, say=_say)
+            found = search(cell, layout, tries, quick=quick, say=say)
             facts[cell.stage.name] = [one.facts() for one in found]
             text = ranking(found)
         else:
@@ -66,8 +66,9 @@ def plan_command(
     return 0 if fit else 1
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """Tells how far the work is, beside what it prints."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def table(plan: Plan) -> str:
@@ -78,39 +79,41 @@ def table(plan: Plan) -> str:
 def _lines(plan: Plan) -> Iterator[str]:
     cell, compiled = plan.cell, plan.compiled
     yield f"{cell.stage.name}: {cell.name} on {cell.topology.name}, {cell.topology.devices} devices"
-    yield _line("mesh", _mesh(plan) + ("" if not plan.by_rule else f"; by the rule: {RULE}"))
+    yield line("mesh", _mesh(plan) + ("" if not plan.by_rule else f"; by the rule: {RULE}"))
     for note in plan.assumed.notes:
-        yield _line("assumed", note)
+        yield line("assumed", note)
     learn = "all learn" if compiled.learning == compiled.parameters else f"{compiled.learning:,} learn"
-    yield _line("parameters", f"{compiled.parameters:,}, {learn}")
+    yield line("parameters", f"{compiled.parameters:,}, {learn}")
     yield from _memory_lines(plan)
-    yield _line(
+    yield line(
         "FLOPs", f"{compiled.flops:.3e} a step, {compiled.flops / plan.assumed.work.tokens:.3e} a token, by formula"
     )
     if compiled.again:
-        yield _line("", f"{compiled.again / compiled.flops:.0%} more for what --remat {plan.layout.remat} makes again")
+        yield line("", f"{compiled.again / compiled.flops:.0%} more for what --remat {plan.layout.remat} makes again")
     yield from _exchange_lines(plan)
     tokens, steps = plan.assumed.work.tokens, cell.stage.steps
-    yield _line("bounds", f"{'a step':>22} {'tokens a day':>14} {'days for ' + format(steps, ',') + ' steps':>26}")
+    yield line("bounds", f"{'a step':>22} {'tokens a day':>14} {'days for ' + format(steps, ',') + ' steps':>26}")
     for name, seconds in plan.bounds.items():
         if seconds is None:
             why = "one slice: nothing crosses it" if name == "dcn" else "not known, since nothing was compiled"
-            yield _line("", f"{_BOUNDS[name]:<23}{why}")
+            yield line("", f"{BOUNDS[name]:<23}{why}")
         elif not seconds:
-            yield _line("", f"{_BOUNDS[name]:<23}nothing is sent")
+            yield line("", f"{BOUNDS[name]:<23}nothing is sent")
         else:
             days = steps * seconds / DAY
-            yield _line("", f"{_BOUNDS[name]:<23}{seconds:>7.3g} s {tokens * DAY / seconds:>14.3e} {days:>25.1f}")
-    yield _line("", "a step takes longer than the largest of them: they are bounds, no prediction")
-    yield _line("compiled in", f"{compiled.seconds:.0f} s" + (", no code generated" if plan.quick else ""))
-    yield _line("train it with", command(plan))
+            yield line("", f"{BOUNDS[name]:<23}{seconds:>7.3g} s {tokens * DAY / seconds:>14.3e} {days:>25.1f}")
+    yield line("", "a step takes longer than the largest of them: they are bounds, no prediction")
+    yield line("compiled in", f"{compiled.seconds:.0f} s" + (", no code generated" if plan.quick else ""))
+    yield line("train it with", command(plan))
 
 
-def _line(title: str, text: str) -> str:
+def line(title: str, text: str) -> str:
+    """A line of a table."""
     return f"  {title:<15}{text}"
 
 
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
+    """Bytes for reading."""
     return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.2f} MiB"
 
 
@@ -124,18 +127,18 @@ def _mesh(plan: Plan) -> str:
 
 def _memory_lines(plan: Plan) -> Iterator[str]:
     held, compiled = plan.memory, plan.compiled
-    kinds = ", ".join(f"{kind} {_gib(count)}" for kind, count in compiled.state.items())
-    yield _line("HBM, a device", f"{_gib(held.limit)}, of which a step may take {USABLE:.0%}")
+    kinds = ", ".join(f"{kind} {gib(count)}" for kind, count in compiled.state.items())
+    yield line("HBM, a device", f"{gib(held.limit)}, of which a step may take {USABLE:.0%}")
     if held.arguments is not None:
-        yield _line("  arguments", f"{_gib(held.arguments):>11}   {kinds}")
+        yield line("  arguments", f"{gib(held.arguments):>11}   {kinds}")
     if held.temporaries is not None:
-        aliased = f"outputs lie where arguments lay, but for {_gib((compiled.outputs or 0) - (compiled.aliased or 0))}"
-        yield _line("  temporaries", f"{_gib(held.temporaries):>11}   {aliased}")
+        aliased = f"outputs lie where arguments lay, but for {gib((compiled.outputs or 0) - (compiled.aliased or 0))}"
+        yield line("  temporaries", f"{gib(held.temporaries):>11}   {aliased}")
     if held.total is not None:
-        yield _line("  total", f"{_gib(held.total):>11}   {held.total / held.limit:.0%} of the limit")
+        yield line("  total", f"{gib(held.total):>11}   {held.total / held.limit:.0%} of the limit")
     if compiled.host is not None and compiled.host > 2**20:  # less is the compiler's own
-        yield _line("  host", f"{_gib(compiled.host):>11}   of the host's memory, for each device")
-    yield _line("  fits", "yes" if held.fits else f"NO, by {_gib(held.excess)} too many: {advice(plan)}")
+        yield line("  host", f"{gib(compiled.host):>11}   of the host's memory, for each device")
+    yield line("  fits", "yes" if held.fits else f"NO, by {gib(held.excess)} too many: {advice(plan)}")
 
 
 def advice(plan: Plan) -> str:
@@ -164,16 +167,16 @@ def advice(plan: Plan) -> str:
 def _exchange_lines(plan: Plan) -> Iterator[str]:
     sent = plan.compiled.sent
     if sent is None:
-        yield _line("sent, a device", "not counted: the compiler wrote no program")
+        yield line("sent, a device", "not counted: the compiler wrote no program")
         return
     if not sent:
-        yield _line("sent, a device", "nothing")
+        yield line("sent, a device", "nothing")
     for number, (key, count) in enumerate(sent.items()):
         axes, kind = key.split(" ")
         if count >= sum(sent.values()) / 1000:
-            yield _line("" if number else "sent, a device", f"{_gib(count):>11}   {kind} over {axes}")
+            yield line("" if number else "sent, a device", f"{gib(count):>11}   {kind} over {axes}")
     if plan.compiled.unknown_loops:
-        yield _line("", f"{plan.compiled.unknown_loops} loops of unknown length are counted once")
+        yield line("", f"{plan.compiled.unknown_loops} loops of unknown length are counted once")
 
 
 def command(plan: Plan) -> str:
@@ -195,7 +198,7 @@ def ranking(plans: Sequence[Plan]) -> str:
         f"  {'bound on a step':>16} {'HBM':>12} {'fits':>6}   layout",
     ]
     for plan in plans:
-        total = _gib(plan.memory.total) if plan.memory.total is not None else "unknown"
+        total = gib(plan.memory.total) if plan.memory.total is not None else "unknown"
         fits = "yes" if plan.memory.fits else "no"
         lines.append(f"  {plan.ranked_seconds:>14.3g} s {total:>12} {fits:>6}   {plan.layout.arguments()}")
     lines.append("  bounds are those of compute, HBM and ICI, with what rematerialization makes again")

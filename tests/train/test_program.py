@@ -8,8 +8,8 @@ import pytest
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.flops import Work
 from qwenvl_jax.plan.assumed import Assumed
-from qwenvl_jax.plan.child import traced_step
 from qwenvl_jax.plan.compiling import Request
+from qwenvl_jax.plan.programs import traced_step
 from qwenvl_jax.train import program
 from qwenvl_jax.train.config import AdapterConfig, MeshConfig
 from qwenvl_jax.train.loop import train

@@ -1,0 +1,243 @@
+"""Plans of answers: what is compiled is what `generate` runs, what follows from it, and mistakes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qwenvl_jax import cli
+from qwenvl_jax.data.packing import BatchShape
+from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.flops import step_flops
+from qwenvl_jax.generate import LENGTH_STEP, Sampling, read_prompts, read_token
+from qwenvl_jax.models.qwenvl import QwenVL
+from qwenvl_jax.parallel.mesh import make_mesh
+from qwenvl_jax.parallel.placement import Execution
+from qwenvl_jax.parallel.rules import make_rules, param_shardings
+from qwenvl_jax.plan import serving as plans
+from qwenvl_jax.plan import show_serving
+from qwenvl_jax.plan.compiling import Compiled, ServeRequest
+from qwenvl_jax.plan.programs import traced_answer
+from qwenvl_jax.plan.serving import Answering, make_answering, make_serving, prompt_bounds, read_serving, token_bounds
+from qwenvl_jax.plan.topology import Topology
+from qwenvl_jax.presets import PRESETS
+from qwenvl_jax.train import program
+from qwenvl_jax.train.config import MeshConfig
+from tests.parallel.meshed import even_config
+from tests.parallel.test_compiled import needs_libtpu
+from tests.plan.test_plan import SMALL
+
+GIB = 2**30
+
+
+def compiled(**changes) -> Compiled:
+    facts = {
+        "parameters": 9 * 10**9,
+        "learning": 0,
+        "state": {"decoder": 4 * GIB, "experts": 0, "others": GIB, "cache": 2 * GIB, "batch": 1 << 20},
+        "arguments": 5 * GIB,
+        "temporaries": GIB,
+        "outputs": 2 * GIB,
+        "aliased": 0,
+        "host": 0,
+        "needed": None,
+        "flops": 10**15,
+        "again": 0,
+        "sent": {"tensor all-reduce": 10 * GIB},
+        "unknown_loops": 0,
+        "seconds": 3.0,
+    }
+    return Compiled(**facts | changes)
+
+
+def answering(name: str = "qwen3_vl_8b", topology: str = "v5e:2x4", prompt=None, token=None) -> Answering:
+    held = {"decoder": 4 * GIB, "experts": 0, "others": GIB, "cache": 2 * GIB, "batch": 0}
+    token = token or compiled(state=held, arguments=6 * GIB, aliased=2 * GIB, temporaries=0, flops=10**10, sent={})
+    serving = make_serving(name, PRESETS[name], Topology.named(topology))
+    return Answering(serving, 8192, 30, prompt or compiled(), token)
+
+
+@pytest.mark.parametrize("generation", ["qwen3_vl", "qwen3_vl_moe"])
+def test_what_is_planned_is_what_generate_runs(generation):
+    """The jaxprs, and where the cache lies."""
+    config = even_config(generation)
+    sizes = {"data": 2, "expert": 2 if config.text.moe else 1, "tensor": 2}
+    mesh_config = MeshConfig(**{"fsdp": 1, **sizes}, rules="replicated")
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    rows = sizes["data"] * sizes["expert"]
+    asked = {"model": config, "mesh": mesh_config, "topology": "cpu", "rows": rows, "groups": rows, "context": 256}
+    requests = [ServeRequest(**asked, frames=2, patches=16, phase=phase, flops=0) for phase in ("prompt", "token")]
+    mesh, rules = make_mesh(devices, **sizes), make_rules("replicated")
+    model = QwenVL(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    model.execution = Execution(mesh, rules)
+    graph, weights = nnx.split(model)
+    weights = jax.device_put(weights, param_shardings(weights, mesh, rules))
+    shape = BatchShape(rows, 256 - LENGTH_STEP, rows, ((2, 16),))
+    shapes = program.abstract_batch(config, shape, model.execution, classes=False)
+    batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
+    planned, facts = traced_answer(requests[0], devices)
+    arguments = graph, weights, batch, np.uint32(0), 256, Sampling()
+    assert str(planned.jaxpr) == str(read_prompts.trace(*arguments).jaxpr)
+    tokens, cache = read_prompts(*arguments)
+    held = sum(kept.addressable_shards[0].data.nbytes for kept in (cache.keys, cache.values))
+    assert facts["state"]["cache"] == held
+    planned, facts = traced_answer(requests[1], devices)
+    run = read_token.trace(graph, weights, tokens, cache, np.uint32(0), np.int32(1), Sampling())
+    assert str(planned.jaxpr) == str(run.jaxpr)
+    assert planned.lower().as_text() == run.lower().as_text()
+    assert facts["state"]["cache"] == held and facts["state"]["batch"] == 0
+    # Tower and mergers are read for no token, nor is a table that is not the output projection too.
+    others = sum(
+        leaf.addressable_shards[0].data.nbytes
+        for path, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]
+        if "text" not in jax.tree_util.keystr(path)
+        or (not config.text.tie_word_embeddings and "embed" in jax.tree_util.keystr(path))
+    )
+    assert facts["state"]["others"] == others
+    assert (facts["state"]["experts"] > 0) == (config.text.moe is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "mesh"),
+    [
+        ("qwen3_vl_8b", "v5e:2x4", {"tensor": 8}),
+        ("qwen3_vl_2b", "v5e:4x4", {"data": 2, "tensor": 8}),
+        ("qwen3_vl_30b_a3b", "v5e:4x4", {"expert": 4, "tensor": 4}),
+        ("qwen3_vl_235b_a22b", "v5p:4x4x4", {"data": 2, "expert": 8, "tensor": 4}),
+        ("qwen2_vl_2b", "v5e:2x2", {"data": 2, "tensor": 2}),
+    ],
+)
+def test_the_mesh_is_chosen_by_heads_and_experts(name, topology, mesh):
+    serving = make_serving(name, PRESETS[name], Topology.named(topology))
+    chosen = {axis: getattr(serving.mesh, axis) for axis in ("data", "fsdp", "expert", "context", "tensor")}
+    assert {axis: size for axis, size in chosen.items() if size > 1} == mesh
+    assert serving.rows == serving.shares == mesh.get("data", 1) * mesh.get("expert", 1)
+
+
+def test_bounds():
+    """Of a token: the decoder's weights and the cache, once; of experts those of one token."""
+    found = answering()
+    reading, telling = prompt_bounds(found), token_bounds(found)
+    assert reading["compute"] == 10**15 / (8 * 197e12) and reading["ici"] == 10 * GIB / 200e9
+    assert reading["hbm"] == (5 + 2 + 2 * 1) * GIB / 819e9
+    assert telling["hbm"] == 6 * GIB / 819e9 and telling["ici"] == 0
+    state = {"decoder": GIB, "experts": 8 * GIB, "others": GIB, "cache": GIB, "batch": 0}
+    experts = answering("qwen3_vl_30b_a3b", token=compiled(state=state))
+    assert token_bounds(experts)["hbm"] == (2 * GIB + 8 * GIB * 8 // 128) / 819e9
+
+
+def test_facts_and_table():
+    found = answering()
+    facts = show_serving.facts(found.serving, [found])
+    assert facts["rows"] == 1 and facts["mesh"]["tensor"] == 8 and facts["parameters"] == 9 * 10**9
+    one = facts["contexts"]["8192"]
+    assert one["fits"] and one["hbm"]["weights"] == 5 * GIB and one["hbm"]["cache"] == 2 * GIB
+    assert one["hbm"]["total"] == {"prompt": 8 * GIB, "token": 7 * GIB}
+    assert one["video"]["tokens"] == 30 * 256 and one["video"]["patches"] == 30 * 1024
+    assert one["video"]["flops"] == step_flops(PRESETS["qwen3_vl_8b"], found.video, ()).total
+    assert one["next_token"]["seconds"] == one["next_token"]["bounds"]["hbm"]
+    json.dumps(facts)
+    text = "\n".join(show_serving._lines(found))
+    for words in ("8,192 tokens of context, 7,680 of a video of 60 frames", "fits         yes", "between tokens"):
+        assert words in text, text
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        (compiled(arguments=16 * GIB, state=compiled().state | {"decoder": 15 * GIB}), "the weights alone"),
+        (compiled(arguments=16 * GIB, state=compiled().state | {"cache": 10 * GIB}), "weights and cache alone"),
+        (compiled(temporaries=8 * GIB), "a smaller --context"),
+        (compiled(arguments=None, temporaries=None, needed=40 * GIB), "a smaller --context"),
+    ],
+)
+def test_what_does_not_fit_says_by_how_much_and_what_to_change(token, words):
+    found = answering(token=token)
+    assert not found.fits and not found.facts()["fits"]
+    text = "\n".join(show_serving._lines(found))
+    assert "NO, by" in text and words in text, text
+
+
+def test_of_a_prompt_one_token_has_logits(monkeypatch):
+    """The work of a prompt: its tokens, its video, and logits of the last token alone."""
+    requests = []
+
+    def asked(request, quick):
+        requests.append(request)
+        return compiled()
+
+    monkeypatch.setattr(plans, "compile_step", asked)
+    model = PRESETS["qwen3_vl_8b"]
+    serving = make_serving("qwen3_vl_8b", model, Topology.named("v5e:4x4"), rows=4)
+    found = make_answering(serving, 8192)
+    prompt, token = requests
+    assert (prompt.phase, token.phase, prompt.rows, prompt.groups) == ("prompt", "token", 4, 2)
+    assert found.frames == (8192 - 128 - 256) // 256 == 30
+    assert prompt.frames == 2 * 30 + 4 and prompt.patches == 1024  # a multiple of tensor = 8
+    text, length = model.text, 8064
+    head = 2 * text.hidden_size * text.vocab_size
+    per_layer = 2 * text.hidden_size * (2 * 32 * 128 + 2 * 8 * 128) + 6 * text.hidden_size * text.intermediate_size
+    pairs = 4 * 32 * 128 * length * (length + 1) // 2
+    decoder = 4 * (length * 36 * per_layer + 36 * pairs + head)
+    assert prompt.flops == decoder + step_flops(model, found.video, ()).total
+    assert token.flops == 4 * (36 * per_layer + 36 * 4 * 32 * 128 * 8192 + head)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["qwen3_vl_5b", "--topology", "v5e:2x4"], ["qwen3_vl_5b"]),
+        (["qwen3_vl_8b", "--topology", "v5e:3x4"], ["'v5e:3x4'", "2x4"]),
+        (["qwen3_vl_8b", "--topology", "v5e:2x4", "--mesh.tensor", "3"], ["tensor", "8"]),
+        (["qwen3_vl_8b", "--topology", "v5e:2x4", "--steps", "3"], ["--steps", "--mesh.tensor"]),
+        (
+            ["qwen3_vl_8b", "--topology", "v5e:2x4", "--rows", "3", "--mesh.data", "2", "--mesh.tensor", "4"],
+            ["multiple of 2"],
+        ),
+        (["qwen3_vl_8b", "--topology", "v5e:2x4", "--context", "1000"], ["1000", "multiple of 128"]),
+        (["qwen3_vl_8b", "--topology", "v5e:2x4", "--context", "1048576"], ["1048576", "262144"]),
+        (["qwen3_vl_8b", "--topology", "v5e:2x4", "--search", "3"], ["--search"]),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_compiled(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(show_serving, "check_libtpu", lambda: None)
+    assert cli.main(["plan", "--serve", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+
+
+def test_settings_of_answers_belong_to_serve(capsys):
+    assert cli.main(["plan", "configs/pretrain/s1.py", "--topology", "v5e:2x4", "--context", "8192"]) == 2
+    assert "--serve" in capsys.readouterr().err
+
+
+def test_a_config_or_its_replacement_names_the_model():
+    topology = "v5e:2x4"
+    assert read_serving("configs/pretrain/s1.py", [], topology=topology, model="qwen3_vl_4b").name == "qwen3_vl_4b"
+    given = read_serving("qwen3_vl_4b", ["--mesh.data", "2", "--mesh.tensor", "4"], topology=topology)
+    assert (given.mesh.data, given.mesh.fsdp, given.mesh.tensor, given.rows) == (2, 1, 4, 2)
+    with pytest.raises(ConfigError, match="a multiple of 128 from 640"):
+        make_answering(given, 100)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_answers_compiled_for_a_slice(tmp_path, capsys):
+    path = tmp_path / "small.py"
+    path.write_text(SMALL)
+    assert (
+        cli.main(["plan", str(path), "--serve", "--topology", "v5e:2x2", "--context", "1024", "--json", "--quick"]) == 0
+    )
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["mesh"]["tensor"] == 4 and facts["rows"] == 1
+    one = facts["contexts"]["1024"]
+    text = PRESETS["qwen3_vl_2b"].text
+    assert one["hbm"]["cache"] == 2 * 2 * 1024 * text.num_key_value_heads // 4 * text.head_dim * 2
+    assert 0 < one["hbm"]["weights"] < one["hbm"]["total"]["token"] <= one["hbm"]["total"]["prompt"] < GIB
+    # A token is written into the cache where it lies: there is no second one.
+    assert one["hbm"]["temporaries"]["token"] < one["hbm"]["cache"] // 2
+    # A token's products are summed along `tensor` in each layer.
+    assert one["next_token"]["collective_bytes"]["tensor"] > 0
