@@ -61,6 +61,10 @@ def join() -> None:
         # CPUs, unlike a TPU or a GPU, run programs at once that were handed over one after the other; exchanges of two
         # (a step and a save, say) then meet those of another process in any order, and Gloo ends both.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+        if jax.default_backend() == "cpu":
+            # Read back from the cache, a program of CPUs has lost the order of its exchanges (jaxlib 0.10.2), and those
+            # of two processes meet in any order.
+            jax.config.update("jax_enable_compilation_cache", False)
         _end_by_sigterm()
     else:
         clusters.check_alone(os.environ)

@@ -149,3 +149,18 @@ def test_sigterm_ends_a_process_that_joined():
     script = "import os, signal, time\njoin()\ntry:\n  os.kill(os.getpid(), signal.SIGTERM)\n  time.sleep(60)\n"
     done = _joined(script + "except KeyboardInterrupt:\n  print('interrupted', flush=True)", **several)
     assert done.stdout == "interrupted\n", done.stderr
+
+
+def test_joined_cpus_take_no_program_from_a_cache(tmp_path):
+    """One that was read back exchanges in any order, and with two processes Gloo ends both; alone the cache is used."""
+    several = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+        "JAX_NUM_PROCESSES": "1",
+        "JAX_PROCESS_ID": "0",
+    }
+    work = "import jax\njoin()\njax.jit(lambda x: x + 1)(1)"
+    cached = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert _joined(work, **several, **cached).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+    assert _joined(work, **cached).returncode == 0
+    assert list(tmp_path.iterdir()) != []

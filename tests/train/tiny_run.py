@@ -112,7 +112,8 @@ def killed(moment: str, config: Path, out: Path, *arguments: object) -> subproce
 def environment(**more: str) -> dict[str, str]:
     """For a process with one CPU device.
 
-    Programs that run for a few steps are not worth optimizing, and are compiled once for all tests.
+    Programs that run for a few steps are not worth optimizing, and are compiled once for all tests; those of several
+    processes, which take no program from a cache, anew each time.
     """
     given = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     cache = os.environ["TESTS_COMPILATION_CACHE"]
