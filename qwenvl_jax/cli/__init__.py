@@ -241,8 +241,9 @@ def _add_plan(commands) -> None:
         "plan",
         help="what a stage takes on a TPU slice, compiled without having one",
         usage=f"{PROG} plan CONFIG --topology SLICE [--model NAME] [--stage NAME] [--json] [--quick] [--search N] "
-        f"[--key value ...]\n       {PROG} plan MODEL --serve --topology SLICE [--context N ...] [--rows N] "
-        "[--mesh.AXIS N ...] [--json] [--quick]",
+        "[--slices N] [--key value ...]\n"
+        f"       {PROG} plan MODEL --serve --topology SLICE [--context N ...] [--rows N] [--mesh.AXIS N ...] [--json] "
+        "[--quick]",
         description="Compiles the step that `train` would run for a TPU slice that need not be there: memory, FLOPs,\n"
         "what devices exchange, and the bounds that follow on time. Needs libtpu: pip install 'qwenvl_jax[tpu]'.",
         epilog=f"""examples:
@@ -265,6 +266,7 @@ told. Exit status 1 means that a stage does not fit.""",
     parser.add_argument("--json", action="store_true", help="as JSON; bytes are those of a device")
     parser.add_argument("--quick", action="store_true", help="stop once memory is assigned: no code is generated")
     parser.add_argument("--search", metavar="N", type=int, default=0, help="try N meshes and remat policies, rank them")
+    parser.add_argument("--slices", metavar="N", type=int, default=1, help="so many of them, joined by their network")
     parser.add_argument("--serve", action="store_true", help="plan answers about a video in place of a stage")
     parser.add_argument(
         "--context", metavar="N", type=int, nargs="+", help="with --serve: tokens of a row; default: 8192 32768 262144"
@@ -277,8 +279,8 @@ told. Exit status 1 means that a stage does not fit.""",
 
 def _plan(options: argparse.Namespace) -> int:
     if options.serve:
-        if options.stage or options.search:
-            raise QwenVLError("--stage and --search are of training; leave them out with --serve.")
+        if options.stage or options.search or options.slices != 1:
+            raise QwenVLError("--stage, --search and --slices are of training; leave them out with --serve.")
         from qwenvl_jax.plan.show_serving import serve_command
 
         return serve_command(
@@ -299,6 +301,7 @@ def _plan(options: argparse.Namespace) -> int:
         options.config,
         options.overrides,
         topology=options.topology,
+        slices=options.slices,
         model=options.model,
         stage=options.stage,
         as_json=options.json,

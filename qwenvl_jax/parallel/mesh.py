@@ -48,14 +48,24 @@ def _arranged(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarr
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    for axis in map(AXES.index, (name for name in AXES if name in _ACROSS_SLICES)):
-        if shape[axis] % len(slices) == 0:
-            across = tuple(len(slices) if number == axis else 1 for number in range(len(shape)))
-            within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
-            return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    axis = axis_across(shape, len(slices))
+    across = tuple(len(slices) if number == axis else 1 for number in range(len(shape)))
+    within = tuple(size // outer for size, outer in zip(shape, across, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+
+
+def axis_across(shape: Sequence[int], slices: int) -> int:
+    """The axis, by its place among `AXES`, along which `make_mesh` lays slices out.
+
+    Raises:
+      ConfigError: sizes that they do not divide.
+    """
+    for axis in map(AXES.index, _ACROSS_SLICES):
+        if shape[axis] % slices == 0:
+            return axis
     raise ConfigError(
-        f"mesh {dict(zip(AXES, shape, strict=True))} over {len(slices)} slices: data or fsdp must be a multiple of "
-        f"{len(slices)}, for the other axes are too talkative for the network between slices."
+        f"mesh {dict(zip(AXES, shape, strict=True))} over {slices} slices: data or fsdp must be a multiple of "
+        f"{slices}, for the other axes are too talkative for the network between slices."
     )
 
 

@@ -3,7 +3,7 @@
     compute     FLOPs of the step / (devices * peak)          what rematerialization makes again is not counted
     hbm         (arguments + outputs + 2 * temporaries) / bandwidth       each read or written once at least
     ici         bytes that a device sends / what its links send together
-    dcn         None within a slice
+    dcn         bytes of them that go to other slices / what a device has of the network between them; None within one
 
 They are no prediction: a step takes longer than the largest of them.
 """
@@ -64,8 +64,9 @@ def bounds(compiled: Compiled, topology: Topology) -> dict[str, float | None]:
     if compiled.arguments is not None and compiled.temporaries is not None:
         moved = compiled.arguments + (compiled.outputs or 0) + 2 * compiled.temporaries
     found["hbm"] = moved / hardware.hbm_bandwidth if moved is not None else None
-    found["ici"] = sum(compiled.sent.values()) / hardware.ici if compiled.sent is not None else None
-    return found | {"dcn": None}
+    sent, across = compiled.sent, compiled.across
+    found["ici"] = (sum(sent.values()) - (across or 0)) / hardware.ici if sent is not None else None
+    return found | {"dcn": across / hardware.dcn if across is not None and topology.slices > 1 else None}
 
 
 def by_axis(sent: dict[str, int] | None) -> dict[str, int] | None:

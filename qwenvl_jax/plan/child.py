@@ -45,7 +45,7 @@ def compiled(request: compiling.Request | compiling.ServeRequest, folder: Path) 
     # As in a run; tests are stricter.
     jax.config.update("jax_numpy_dtype_promotion", "standard")
     began = time.monotonic()
-    step, facts = traced(request, devices_of(request.topology))
+    step, facts = traced(request, devices_of(request.topology, request.slices))
     lowered = step.lower()
     (folder / compiling.FACTS).write_text(json.dumps(facts))
     dump = folder / compiling.DUMP
@@ -61,7 +61,7 @@ def compiled(request: compiling.Request | compiling.ServeRequest, folder: Path) 
         if needed is None:
             raise
     seconds = time.monotonic() - began
-    sent, unknown = sent_bytes(dump, compiling.mesh_shape(request))
+    counted = sent_bytes(dump, compiling.mesh_shape(request), request.slices)
     found = {
         "arguments": "argument_size_in_bytes",
         "temporaries": "temp_size_in_bytes",
@@ -72,16 +72,17 @@ def compiled(request: compiling.Request | compiling.ServeRequest, folder: Path) 
     sizes: dict[str, Any] = {name: getattr(memory, key) if memory else None for name, key in found.items()}
     if memory is None and assigned(dump):
         sizes = assigned_bytes(dump)
-    return compiling.Compiled(**facts, **sizes, needed=needed, sent=sent, unknown_loops=unknown, seconds=seconds)
+    return compiling.Compiled(**facts, **sizes, **counted, needed=needed, seconds=seconds)
 
 
-def devices_of(topology: str) -> list[jax.Device]:
-    """The devices of a slice, for compiling."""
+def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of slices, for compiling."""
     if topology == "cpu":
         return jax.devices()
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    several = {"num_slices": slices} if slices > 1 else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices)
 
 
 if __name__ == "__main__":

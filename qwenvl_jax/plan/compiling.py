@@ -46,11 +46,13 @@ class Request:
       config: of one stage, its mesh given in full, its model a shape.
       assumed: the stage's batch.
       topology: name of the slice; "cpu" for the devices of this process's kind, in tests.
+      slices: how many of them.
     """
 
     config: TrainConfig
     assumed: Assumed
     topology: str
+    slices: int = 1
 
     @property
     def mesh(self) -> MeshConfig:
@@ -68,7 +70,7 @@ class ServeRequest:
     Attributes:
       model: its shape.
       mesh: all sizes given.
-      topology: as of `Request`.
+      topology, slices: as of `Request`.
       rows, groups: of the batch.
       context: slots of a row's cache; prompts fill them but for one `LENGTH_STEP`.
       frames, patches: vision rows of a group, and patches of each.
@@ -86,6 +88,7 @@ class ServeRequest:
     patches: int
     phase: Phase
     flops: int
+    slices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Compiled:
       flops, again: of a step, of the whole slice; and those that rematerialization adds.
       sent: bytes that a device sends, by the mesh axes that they go along and the kind of exchange, as
         "fsdp all-gather"; None where they could not be counted.
+      across: bytes of them that go to other slices; None where they could not be counted.
       unknown_loops: see `qwenvl_jax.plan.hlo.Exchanges`.
       seconds: to trace and compile.
     """
@@ -118,6 +122,7 @@ class Compiled:
     flops: int
     again: int
     sent: dict[str, int] | None
+    across: int | None
     unknown_loops: int
     seconds: float
 
@@ -168,10 +173,10 @@ def compile_step(request: Request | ServeRequest, *, quick: bool = False) -> Com
 
 def _so_far(request: Request | ServeRequest, folder: Path, seconds: float) -> Compiled:
     """What is known once buffers have their memory."""
-    sent, unknown = dump.sent_bytes(folder / DUMP, mesh_shape(request))
+    counted = dump.sent_bytes(folder / DUMP, mesh_shape(request), request.slices)
     facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
     facts |= dump.assigned_bytes(folder / DUMP)
-    return Compiled(**facts, needed=None, sent=sent, unknown_loops=unknown, seconds=seconds)
+    return Compiled(**facts, **counted, needed=None, seconds=seconds)
 
 
 def mesh_shape(request: Request | ServeRequest) -> tuple[int, ...]:

@@ -2,8 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
-from qwenvl_jax.parallel.mesh import AXES
+from qwenvl_jax.parallel.mesh import AXES, axis_across
 from qwenvl_jax.plan.hlo import exchanges
 
 _PROGRAM = "*.after_optimizations.txt"
@@ -14,20 +15,24 @@ _ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(?: color (\d+),)? (.*)$"
 _HOST = "5"
 
 
-def sent_bytes(dump: Path, mesh_shape: tuple[int, ...]) -> tuple[dict[str, int] | None, int]:
-    """What a device sends by mesh axes and kind, most first, and of how many loops the length is not known.
+def sent_bytes(dump: Path, mesh_shape: tuple[int, ...], slices: int = 1) -> dict[str, Any]:
+    """What a device sends: "sent" by mesh axes and kind, most first; "across", of it to other slices; and
+    "unknown_loops", of how many loops the length is not known.
 
     None where the compiler came to no program.
     """
     file = _only(dump, _PROGRAM)
     if file is None:
-        return None, 0
-    found, sent = exchanges(file.read_text()), dict[str, int]()
+        return {"sent": None, "across": None, "unknown_loops": 0}
+    found, sent, across = exchanges(file.read_text()), dict[str, int](), 0
+    outermost = AXES[axis_across(mesh_shape, slices)]
     for exchange, count in found.counts.items():
-        axes = "+".join(AXES[axis] for axis in exchange.axes(mesh_shape))
+        axes = outermost if exchange.between_slices else "+".join(AXES[axis] for axis in exchange.axes(mesh_shape))
         key = f"{axes} {exchange.kind}"
         sent[key] = sent.get(key, 0) + exchange.sent * count
-    return {key: sent[key] for key in sorted(sent, key=lambda key: -sent[key]) if sent[key]}, found.unknown_loops
+        across += exchange.sent * count if exchange.between_slices else 0
+    ordered = {key: sent[key] for key in sorted(sent, key=lambda key: -sent[key]) if sent[key]}
+    return {"sent": ordered, "across": across, "unknown_loops": found.unknown_loops}
 
 
 def assigned(dump: Path) -> bool:

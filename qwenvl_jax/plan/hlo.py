@@ -19,6 +19,7 @@ _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_BETWEEN_SLICES = 'handler_name="xla_megascale_runtime"'
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z\d]*)\[([\d,]*)\]")
 
 
@@ -31,12 +32,15 @@ class Exchange:
       sent: bytes that a device sends, as rings have it: with n devices in a group and b bytes that each of them gives,
         (n - 1) b to gather, (n - 1) / n b to scatter sums or to exchange, twice that to sum, b to permute. A ragged
         exchange counts as if it were full.
-      groups: of devices, by place in the mesh, that exchange among themselves; pairs (from, to) of a permutation.
+      groups: of devices, by place in the mesh, that exchange among themselves; pairs (from, to) of a permutation; empty
+        of an exchange between slices.
+      between_slices: whether it goes through the network between slices: one device of each slice takes part.
     """
 
     kind: str
     sent: int
     groups: tuple[tuple[int, ...], ...]
+    between_slices: bool = False
 
     def axes(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The axes of a mesh of this shape along which devices of a group differ."""
@@ -80,6 +84,8 @@ def exchanges(text: str) -> Exchanges:
             kind = one.opcode.removesuffix("-start")
             if kind in KINDS:
                 counts[_exchange(one, kind, shapes, scattered=name.startswith("all-reduce-scatter"))] += 1
+            elif one.opcode == "send" and _BETWEEN_SLICES in one.attributes:
+                counts[_exchange_between_slices(one, shapes)] += 1
             elif one.opcode == "conditional":
                 branches = [total(branch) for branch in _called(one)]
                 counts.update(max(branches, key=lambda found: sum(e.sent * n for e, n in found.items())))
@@ -157,13 +163,40 @@ def _exchange(one: _Instruction, kind: str, shapes: dict[str, str], *, scattered
     operands = one.operands[:1] if kind == "ragged-all-to-all" else one.operands
     given = sum(_bytes(shapes[name]) for name in operands if name in shapes)
     n = len(groups[0]) if groups else 1
-    if kind == "collective-permute":
-        return Exchange(kind, given, groups)
     if scattered:
         # A sum of which each device keeps its part, in one fusion.
         kind = "reduce-scatter"
-    sent = {"all-gather": given * (n - 1), "all-reduce": 2 * given * (n - 1) // n}.get(kind, given * (n - 1) // n)
-    return Exchange(kind, sent, groups)
+    return Exchange(kind, _sent(kind, given, n), groups)
+
+
+def _exchange_between_slices(one: _Instruction, shapes: dict[str, str]) -> Exchange:
+    """An exchange that the compiler has handed to the runtime of the network between slices."""
+    told = dict(re.findall(r'_xla_megascale_(\w+)="([^"]*)"', one.attributes))
+    kind = told["transfer_type"].lower().replace("_", "-")
+    # "{1,2}x{0:3}": slices 1 and 2, devices 0 to 3 of each.
+    slices = sum(_count(part) for part in told["target"].split("x")[0].strip("{}").split(","))
+    given = _bytes(shapes[one.operands[0]])
+    return Exchange(
+        kind if kind in KINDS else "collective-permute", _sent(kind, given, slices), (), between_slices=True
+    )
+
+
+def _count(part: str) -> int:
+    """Of "3" or "0:3", the last one included."""
+    first, _, last = part.partition(":")
+    return int(last or first) - int(first) + 1
+
+
+def _sent(kind: str, given: int, n: int) -> int:
+    """Bytes that each of n devices sends; see `Exchange`."""
+    match kind:
+        case "all-gather":
+            return given * (n - 1)
+        case "all-reduce":
+            return 2 * given * (n - 1) // n
+        case "reduce-scatter" | "all-to-all" | "ragged-all-to-all":
+            return given * (n - 1) // n
+    return given
 
 
 def _bytes(shape: str) -> int:

@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from qwenvl_jax.checkpoint.hf import parameter_count
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.parallel.mesh import AXES
+from qwenvl_jax.parallel.mesh import AXES, axis_across
 from qwenvl_jax.parallel.placement import Remat
 from qwenvl_jax.plan.assumed import assume
 from qwenvl_jax.plan.topology import Topology
 from qwenvl_jax.train.config import MeshConfig, StageConfig
 
 RULE = (
-    "rows over fsdp (8 of it expert, if there are experts), the rest over context and tensor; the fewest microbatches, "
-    "then the smallest context * tensor, then the smallest tensor with which a step is estimated to take 70 % of HBM"
+    "slices over data, rows over fsdp (8 of it expert, if there are experts), the rest over context and tensor; the "
+    "fewest microbatches, then the smallest context * tensor, then the smallest tensor with which a step is estimated "
+    "to take 70 % of HBM"
 )
 _ROOM = 0.7  # of HBM; what the compiler adds is not estimated
 _EXPERTS = 8  # devices along `expert`: with more, the experts of a layer are hardly smaller than the rest of it
@@ -61,8 +62,8 @@ def chosen(stage: StageConfig, model: QwenVLConfig, topology: Topology, param_by
     if not found:
         raise ConfigError(
             f"stage {stage.name}: no mesh divides batch.rows={stage.batch.rows}, batch.groups={stage.batch.groups} and "
-            f"batch.length={stage.batch.length} among the {topology.devices} devices of {topology.name}; give one with "
-            "--mesh.fsdp, --mesh.context and so on, or change the batch."
+            f"batch.length={stage.batch.length} among the {topology.devices} devices of {topology.title}; give one "
+            "with --mesh.fsdp, --mesh.context and so on, or change the batch."
         )
     sizes = [estimate(layout, stage, model, topology, param_bytes) for layout in found]
     fitting = [layout for layout, size in zip(found, sizes, strict=True) if size <= _ROOM * topology.hardware.hbm]
@@ -79,14 +80,23 @@ def layouts(stage: StageConfig, model: QwenVLConfig, topology: Topology) -> Iter
     experts = model.text.moe.num_experts if model.text.moe else 1
     for tensor in _powers(model.text.num_key_value_heads):
         for context in _powers(shape.length // (2 * _LEAST_CHUNK)):
-            if n % (tensor * context) or (context > 1 and shape.length % (2 * context)):
+            if n % (tensor * context * topology.slices) or (context > 1 and shape.length % (2 * context)):
                 continue
-            share = n // (tensor * context)
+            # Each slice has all weights: what crosses between slices is gradients, once a step.
+            share = n // (tensor * context * topology.slices)
             expert = max(size for size in _powers(_EXPERTS) if share % size == 0 and experts % size == 0)
             for microbatches in _powers(shape.groups):
-                if shape.groups % (share * microbatches) or shape.rows % (share * microbatches):
+                parts = share * topology.slices * microbatches
+                if shape.groups % parts or shape.rows % parts:
                     break
-                mesh = MeshConfig(fsdp=share // expert, expert=expert, context=context, tensor=tensor, rules="zero")
+                mesh = MeshConfig(
+                    data=topology.slices,
+                    fsdp=share // expert,
+                    expert=expert,
+                    context=context,
+                    tensor=tensor,
+                    rules="zero",
+                )
                 yield Layout(mesh, microbatches, stage.remat)
 
 
@@ -108,7 +118,7 @@ def estimate(layout: Layout, stage: StageConfig, model: QwenVLConfig, topology: 
     shares = topology.devices // split
     total, tower = parameter_count(model)
     learning = total if stage.trainable != "mergers" else total // 50
-    state = (param_bytes * total + (2 * param_bytes + 4) * learning) // topology.devices
+    state = (param_bytes * total + (2 * param_bytes + 4) * learning) // (topology.devices // mesh.data)
     assumed = assume(stage, model, multiple=split)
     tokens = stage.batch.rows * stage.batch.length // (shares * layout.microbatches * mesh.context)
     patches = assumed.work.patches // (shares * layout.microbatches * split)
@@ -150,7 +160,7 @@ def check(mesh: MeshConfig, stage: StageConfig, topology: Topology) -> MeshConfi
         if size and n % (used * size):
             fitting = ", ".join(str(d) for d in range(1, n // used + 1) if n % (used * d) == 0)
             raise ConfigError(
-                f"mesh.{axis}={size} does not divide the {n // used} devices of {topology.name} that the axes before "
+                f"mesh.{axis}={size} does not divide the {n // used} devices of {topology.title} that the axes before "
                 f"it leave; these do: {fitting}."
             )
         used *= size or 1
@@ -158,9 +168,10 @@ def check(mesh: MeshConfig, stage: StageConfig, topology: Topology) -> MeshConfi
         sizes["fsdp"], used = n // used, n
     if used != n:
         raise ConfigError(
-            f"the mesh has {used} devices, but {topology.name} has {n}; set mesh.fsdp={sizes['fsdp'] * n // used}, or "
+            f"the mesh has {used} devices, but {topology.title} has {n}; set mesh.fsdp={sizes['fsdp'] * n // used}, or "
             "leave it at 0 for all that the other axes leave."
         )
+    axis_across([sizes[axis] for axis in AXES], topology.slices)  # refuses a mesh that slices do not divide
     share, rows, groups = n // (sizes["context"] * sizes["tensor"]), stage.batch.rows, stage.batch.groups
     if rows % (share * stage.microbatches) or groups % (share * stage.microbatches):
         fitting = ", ".join(str(d) for d in range(1, groups + 1) if groups % d == 0 and rows % d == 0)

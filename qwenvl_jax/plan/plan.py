@@ -93,6 +93,8 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """The object that `--json` prints; bytes are those of a device, bounds seconds of a step."""
         mesh = {axis: getattr(self.layout.mesh, axis) for axis in AXES}
+        slices = self.cell.topology.slices
+        mesh |= {"slices": slices} if slices > 1 else {}
         settings = {"rules": self.layout.mesh.rules, "microbatches": self.layout.microbatches}
         held = self.memory
         return {
@@ -119,19 +121,25 @@ class Plan:
 
 
 def read_cells(
-    config_path: str, overrides: Sequence[str], *, topology: str, model: str | None = None, stage: str | None = None
+    config_path: str,
+    overrides: Sequence[str],
+    *,
+    topology: str,
+    slices: int = 1,
+    model: str | None = None,
+    stage: str | None = None,
 ) -> list[Cell]:
     """The cells of a config's stages, or of one of them, on a slice.
 
     Args:
       config_path, overrides, model: as of `qwenvl_jax.train.loop.train_command`.
-      topology: name of the slice.
+      topology, slices: name of the slice, and how many of them.
       stage: name of a stage; all without.
 
     Raises:
       ConfigError: what is wrong with the config file, a setting, or a name.
     """
-    slice_ = Topology.named(topology)
+    slice_ = Topology.named(topology, slices)
     config = apply_overrides(load_config_file(config_path)[0], overrides)
     names = [one.name for one in config.stages]
     if stage is not None and stage not in names:
@@ -197,4 +205,4 @@ def request_of(cell: Cell, layout: Layout, assumed: Assumed) -> Request:
     config = dataclasses.replace(
         cell.config, model=cell.model, processor="unread", stages=(stage,), mesh=layout.mesh, track=()
     )
-    return Request(config, assumed, cell.topology.name)
+    return Request(config, assumed, cell.topology.name, cell.topology.slices)

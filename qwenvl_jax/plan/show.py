@@ -21,6 +21,7 @@ def plan_command(
     overrides: Sequence[str] = (),
     *,
     topology: str,
+    slices: int = 1,
     model: str | None = None,
     stage: str | None = None,
     as_json: bool = False,
@@ -30,7 +31,7 @@ def plan_command(
     """Compiles the stages of a config for a slice and prints what they take: the `plan` command.
 
     Args:
-      config_path, overrides, model, topology, stage: see `qwenvl_jax.plan.plan.read_cells`.
+      config_path, overrides, model, topology, slices, stage: see `qwenvl_jax.plan.plan.read_cells`.
       as_json: print `Plan.facts` of the stage, of several stages an object by their names; with `tries` a list, the
         best first.
       quick: see `qwenvl_jax.plan.compiling.compile_step`.
@@ -43,11 +44,11 @@ def plan_command(
       QwenVLError: what is wrong with the config, a setting or the surroundings.
     """
     check_libtpu()
-    cells = read_cells(config_path, overrides, topology=topology, model=model, stage=stage)
+    cells = read_cells(config_path, overrides, topology=topology, slices=slices, model=model, stage=stage)
     layouts = [layout_of(cell) for cell in cells]  # mistakes are told before anything is compiled
     facts, fit = dict[str, Any](), True
     for cell, (layout, by_rule) in zip(cells, layouts, strict=True):
-        say(f"{cell.stage.name}: compiling for {cell.topology.name}, which takes minutes ...")
+        say(f"{cell.stage.name}: compiling for {cell.topology.title}, which takes minutes ...")
         if tries:
             found = search(cell, layout, tries, quick=quick, say=say)
             facts[cell.stage.name] = [one.facts() for one in found]
@@ -78,7 +79,7 @@ def table(plan: Plan) -> str:
 
 def _lines(plan: Plan) -> Iterator[str]:
     cell, compiled = plan.cell, plan.compiled
-    yield f"{cell.stage.name}: {cell.name} on {cell.topology.name}, {cell.topology.devices} devices"
+    yield f"{cell.stage.name}: {cell.name} on {cell.topology.title}, {cell.topology.devices} devices"
     yield line("mesh", _mesh(plan) + ("" if not plan.by_rule else f"; by the rule: {RULE}"))
     for note in plan.assumed.notes:
         yield line("assumed", note)
@@ -95,7 +96,11 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield line("bounds", f"{'a step':>22} {'tokens a day':>14} {'days for ' + format(steps, ',') + ' steps':>26}")
     for name, seconds in plan.bounds.items():
         if seconds is None:
-            why = "one slice: nothing crosses it" if name == "dcn" else "not known, since nothing was compiled"
+            why = (
+                "one slice: nothing leaves it"
+                if name == "dcn" and cell.topology.slices == 1
+                else "not known, since nothing was compiled"
+            )
             yield line("", f"{BOUNDS[name]:<23}{why}")
         elif not seconds:
             yield line("", f"{BOUNDS[name]:<23}nothing is sent")
@@ -194,7 +199,7 @@ def ranking(plans: Sequence[Plan]) -> str:
     """Plans of one cell, the best first, for reading."""
     best = plans[0]
     lines = [
-        f"{best.cell.stage.name}: {best.cell.name} on {best.cell.topology.name}, {len(plans)} tried",
+        f"{best.cell.stage.name}: {best.cell.name} on {best.cell.topology.title}, {len(plans)} tried",
         f"  {'bound on a step':>16} {'HBM':>12} {'fits':>6}   layout",
     ]
     for plan in plans:

@@ -70,25 +70,34 @@ def known_shapes(generation: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice.
+    """A slice, or several alike, joined by the data center's network.
 
     Attributes:
-      name: as libtpu calls it, such as "v5p:8x8x8".
+      name: of one of them as libtpu calls it, such as "v5p:8x8x8".
       hardware: one of its devices.
-      devices: how many it has.
+      devices: how many there are, of all slices.
+      slices: how many of them.
     """
 
     name: str
     hardware: Hardware
     devices: int
+    slices: int = 1
+
+    @property
+    def title(self) -> str:
+        """For reading."""
+        return self.name if self.slices == 1 else f"{self.slices} slices of {self.name}"
 
     @classmethod
-    def named(cls, name: str) -> "Topology":
-        """The slice of this name.
+    def named(cls, name: str, slices: int = 1) -> "Topology":
+        """So many slices of this name.
 
         Raises:
           ConfigError: there is none; lists those that there are.
         """
+        if slices < 1:
+            raise ConfigError(f"--slices {slices}: expected a number from 1.")
         generation, _, shape = name.partition(":")
         if generation not in HARDWARE:
             raise ConfigError(f"unknown topology {name!r}; known are {'; '.join(map(_listed, HARDWARE))}.")
@@ -97,7 +106,7 @@ class Topology:
             hint = f", did you mean {generation}:{near[0]}?" if near else ";"
             raise ConfigError(f"unknown topology {name!r}{hint} Known are {_listed(generation)}.")
         hardware = HARDWARE[generation]
-        return cls(name, hardware, math.prod(map(int, shape.split("x"))) * hardware.devices)
+        return cls(name, hardware, math.prod(map(int, shape.split("x"))) * hardware.devices * slices, slices)
 
 
 def _listed(generation: str) -> str:

@@ -44,6 +44,17 @@ ENTRY %main (v: f32[8]) -> f32[16] {
   ROOT %all-gather.1 = f32[16]{0} all-gather(%v), replica_groups=[2,2]<=[4], dimensions={0}
 }
 """
-    assert sent_bytes(tmp_path, (1, 2, 1, 1, 2)) == (None, 0)
+    assert sent_bytes(tmp_path, (1, 2, 1, 1, 2)) == {"sent": None, "across": None, "unknown_loops": 0}
     (tmp_path / f"{NAME}.after_optimizations.txt").write_text(program)
-    assert sent_bytes(tmp_path, (1, 2, 1, 1, 2)) == ({"tensor all-gather": 32}, 0)
+    found = {"sent": {"tensor all-gather": 32}, "across": 0, "unknown_loops": 0}
+    assert sent_bytes(tmp_path, (1, 2, 1, 1, 2)) == found
+    send = """\
+  %send.1 = (f32[8]{0}, u32[], token[]) send(%v, %after), frontend_attributes={_xla_host_transfer_handler_name=\
+"xla_megascale_runtime",_xla_megascale_target="{1,2}x{0:1}",_xla_megascale_transfer_type="ALL_REDUCE"}
+"""
+    (tmp_path / f"{NAME}.after_optimizations.txt").write_text(program.replace("  ROOT", send + "  ROOT"))
+    assert sent_bytes(tmp_path, (2, 1, 1, 1, 2), slices=2) == {
+        "sent": {"data all-reduce": 32, "tensor all-gather": 32},
+        "across": 32,
+        "unknown_loops": 0,
+    }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from qwenvl_jax.plan.hlo import Exchange, device_groups, exchanges
+from qwenvl_jax.plan.hlo import KINDS, Exchange, device_groups, exchanges
 
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
 LIST = "replica_groups={{0,1},{2,3},{4,5},{6,7}}"
@@ -137,3 +137,31 @@ def test_a_compiled_program():
         sent[exchange.kind, exchange.axes((4, 2))] += exchange.sent * count
     # A quarter of 16 x 16 numbers to three others; a sum of 2 x 16 numbers between two.
     assert sent == {("all-gather", (0,)): 3 * 3 * 4 * 16 * 4, ("all-reduce", (1,)): 3 * 2 * 16 * 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "sent"),
+    [
+        ("ALL_REDUCE", "{1,2}x{0:3}", 4096),
+        ("ALL_REDUCE", "{0:3}x{0:3}", 6144),
+        ("ALL_GATHER", "{1,2}x{0:3}", 4096),
+        ("REDUCE_SCATTER", "{0,1}x{0}", 2048),
+        ("ALL_TO_ALL", "{0:3}x{0:3}", 3072),
+        ("ONE_TO_ONE", "{1,2}x{0:3}", 4096),
+    ],
+)
+def test_what_goes_to_other_slices(kind, target, sent):
+    """As libtpu writes it for several slices; what goes to the host for another reason is none of it."""
+    program = f"""\
+ENTRY %main (v: f32[8,128]) -> () {{
+  %v = f32[8,128]{{1,0}} parameter(0)
+  %after-all.1 = token[] after-all()
+  %send.1 = (f32[8,128]{{1,0:T(8,128)}}, u32[]{{:S(2)}}, token[]) send(%v, %after-all.1), channel_id=1, \
+is_host_transfer=true, frontend_attributes={{_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{target}",_xla_megascale_transfer_type="{kind}"}}
+  %send.2 = (f32[8,128]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%v, %after-all.1), channel_id=2, is_host_transfer=true
+  ROOT %done = () tuple()
+}}
+"""
+    (found,) = exchanges(program).counts
+    assert found.between_slices and found.sent == sent and found.kind in KINDS

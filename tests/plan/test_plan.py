@@ -1,5 +1,6 @@
 """Plans: facts, tables, mistakes, and steps compiled for slices."""
 
+import dataclasses
 import json
 import os
 
@@ -38,6 +39,8 @@ def get_config():
 """
 BATCH = ["--batch.rows", "4", "--batch.groups", "4", "--batch.length", "1024"]
 
+BATCH8 = ["--batch.rows", "8", "--batch.groups", "8", "--batch.length", "1024"]
+
 
 @pytest.fixture
 def small(tmp_path):
@@ -62,6 +65,7 @@ def compiled(**changes) -> Compiled:
         "flops": 459 * 10**17,
         "again": 153 * 10**17,
         "sent": {"fsdp+context all-gather": 60 * GIB, "context all-gather": 2 * GIB, "context reduce-scatter": GIB},
+        "across": 0,
         "unknown_loops": 0,
         "seconds": 30.0,
     }
@@ -116,7 +120,7 @@ def test_a_table_tells_all_of_it():
         "weights 64.00 MiB",
         "33% more for what --remat full makes again",
         "60.00 GiB   all-gather over fsdp+context",
-        "one slice: nothing crosses it",
+        "one slice: nothing leaves it",
         "119,209 steps",
         "qwenvl-jax train configs/pretrain/s1.py --model qwen3_vl_8b --mesh.fsdp 256 --mesh.context 2 --mesh.rules",
     ):
@@ -151,6 +155,22 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(found, words):
     assert not plan.memory.fits and not plan.facts()["fits"]
     text = show.table(plan)
     assert all(word in text for word in words), text
+
+
+def test_what_crosses_between_slices_has_a_bound_of_its_own():
+    (cell,) = read_cells(S1, [], topology="v5p:8x8x8", slices=2, model="qwen3_vl_8b")
+    layout, _ = layout_of(cell)
+    assert cell.topology.devices == 1024 and (layout.mesh.data, layout.mesh.rules) == (2, "zero")
+    found = bounds(compiled(across=3 * GIB), cell.topology)
+    assert found["dcn"] == 3 * GIB / (50e9 / 8) and found["ici"] == 60 * GIB / 600e9
+    plan = dataclasses.replace(plan_of(compiled()), cell=cell, layout=layout, bounds=found)
+    assert plan.facts()["mesh"]["slices"] == 2 and plan.facts()["devices"] == 1024
+    text = show.table(plan)
+    assert "2 slices of v5p:8x8x8, 1024 devices" in text and "DCN (between slices)" in text
+    with pytest.raises(ConfigError, match="data or fsdp must be a multiple of 3"):
+        layout_of(read_cells(S1, ["--mesh.context", "3", "--mesh.fsdp", "4"], topology="v5e:2x2", slices=3)[0])
+    with pytest.raises(ConfigError, match="--slices 0"):
+        read_cells(S1, [], topology="v5p:8x8x8", slices=0)
 
 
 def test_bytes_by_axis():
@@ -261,3 +281,15 @@ def test_a_search_ranks_what_fits(small, capsys):
     assert cli.main(["plan", small, "--topology", "v5e:2x2", "--search", "2", "--quick", "--json", *BATCH]) == 0
     first, second = json.loads(capsys.readouterr().out)
     assert first["fits"] and first["mesh"] != second["mesh"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_two_slices_exchange_gradients_alone(small, capsys):
+    """Half of the weights' gradients, which each slice has summed among its devices, cross for each device of four."""
+    assert cli.main(["plan", small, "--topology", "v5e:2x2", "--slices", "2", "--json", "--quick", *BATCH8]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["devices"] == 8 and facts["mesh"]["data"] == 2 and facts["mesh"]["fsdp"] == 4
+    crossed = facts["bounds"]["dcn"] * 6.4e12 / 8 / 256
+    share = 4 * facts["parameters"] / 4  # a quarter of the gradients, in f32
+    assert 0.4 * share < crossed < 2.5 * share

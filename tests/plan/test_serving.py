@@ -47,6 +47,7 @@ def compiled(**changes) -> Compiled:
         "flops": 10**15,
         "again": 0,
         "sent": {"tensor all-reduce": 10 * GIB},
+        "across": 0,
         "unknown_loops": 0,
         "seconds": 3.0,
     }
