@@ -18,6 +18,7 @@ from typing import Any
 from qwenvl_jax.errors import QwenVLError
 from qwenvl_jax.plan.plan import layout_of, make_plan, read_cells
 from qwenvl_jax.plan.show import advice, command
+from tools import plan_flags
 
 ROOT = Path(__file__).parents[1]
 FOLDER, PAGE = ROOT / "docs" / "plan", ROOT / "docs" / "plan.md"
@@ -76,7 +77,7 @@ def page(found: dict[tuple[str, str, str], dict[str, Any]]) -> str:
         for stage in STAGES:
             row = (_cell(found.get((size, stage, slice_))) for slice_ in SLICES)
             lines.append(f"| {size.upper().replace('_', '-')} {stage.upper()} | {' | '.join(row)} |")
-    lines += [*_assumed(found), *_recipes(found)]
+    lines += [*_assumed(found), *_recipes(found), *_flags()]
     return "\n".join(lines) + "\n"
 
 
@@ -111,12 +112,48 @@ def _assumed(found: dict[tuple[str, str, str], dict[str, Any]]) -> Iterator[str]
 def _recipes(found: dict[tuple[str, str, str], dict[str, Any]]) -> Iterator[str]:
     """Commands of the cells that fit, and what is said of the others."""
     yield from ("", "## Recipes", "")
-    yield "No flag of XLA or libtpu is set in any of them, since none was tried on hardware: the defaults hold."
-    yield from ("", "| size | stage | slice | command |", "| --- | --- | --- | --- |")
+    yield "A command goes to every host of the slice, as `launch/` has it, with the flags of these numbers in the"
+    yield "variable `LIBTPU_INIT_ARGS`; what each does, and why, stands below."
+    yield from ("", "| size | stage | slice | command | flags |", "| --- | --- | --- | --- | --- |")
     for size, stage, slice_ in cells():
         if one := found.get((size, stage, slice_)):
             text = f"`{one['command']}`" if one["plan"]["fits"] else f"does not fit: {one['advice']}"
-            yield f"| {size.upper().replace('_', '-')} | {stage.upper()} | {slice_} | {text} |"
+            flags = ", ".join(str(number) for number in _flags_for(slice_)) or "none"
+            yield f"| {size.upper().replace('_', '-')} | {stage.upper()} | {slice_} | {text} | {flags} |"
+
+
+def _flags_for(slice_: str) -> list[int]:
+    """Numbers of the flags that take less memory or send less in the trials of a slice."""
+    trials, numbers = plan_flags.read(), []
+    for number, (flags, _, generation) in enumerate(plan_flags.FLAGS, 1):
+        for cell in plan_flags.CELLS:
+            without, with_ = (trials.get(plan_flags.key_of(given, cell)) for given in ("", flags))
+            if cell[2] == slice_ and slice_.startswith(generation) and without and with_:
+                less = [with_[name] < 0.99 * without[name] for name in ("hbm", "ici")]
+                more = [with_[name] > 1.01 * without[name] for name in ("hbm", "ici")]
+                if any(less) and not any(more):
+                    numbers.append(number)
+    return numbers
+
+
+def _flags() -> Iterator[str]:
+    """What each flag does to compiled programs."""
+    yield from ("", "## Flags", "")
+    yield "Compiled by `.venv/bin/python -m tools.plan_flags` with each flag and without: HBM of a device, and the"
+    yield "bound of what it sends. A flag stands beside a recipe if it lowers one by more than 1 % and raises neither, on"
+    yield "that slice. None was timed on hardware, where what overlaps is seen too: try the others as well."
+    yield from ("", "| | flag | why | cell | HBM without, with it | ICI bound without, with it |")
+    yield "| --- | --- | --- | --- | --- | --- |"
+    trials = plan_flags.read()
+    for number, (flags, why, generation) in enumerate(plan_flags.FLAGS, 1):
+        for cell in plan_flags.CELLS:
+            without, with_ = (trials.get(plan_flags.key_of(given, cell)) for given in ("", flags))
+            if cell[2].startswith(generation) and without and with_:
+                size, stage, slice_ = cell
+                hbm = ", ".join(f"{one['hbm'] / _GIB:.2f}" for one in (without, with_))
+                ici = ", ".join(f"{one['ici']:.3f}" for one in (without, with_))
+                name = f"{size.upper()} {stage.upper()} {slice_}"
+                yield f"| {number} | `{flags}` | {why} | {name} | {hbm} GiB | {ici} s |"
 
 
 def read() -> dict[tuple[str, str, str], dict[str, Any]]:

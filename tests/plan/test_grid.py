@@ -1,6 +1,11 @@
 """The page of all cells, made from the files of those that are there."""
 
-from tools import plan_grid
+import json
+import os
+
+import pytest
+
+from tools import plan_flags, plan_grid
 
 GIB = 2**30
 
@@ -22,14 +27,43 @@ def test_the_page_is_made_of_the_files_that_are_there():
     assert plan_grid.PAGE.read_text() == plan_grid.page(plan_grid.read())
 
 
-def test_a_partial_grid_says_so():
+@pytest.fixture
+def no_trials(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan_flags, "PATH", tmp_path / "flags.json")
+    return tmp_path / "flags.json"
+
+
+def test_flags_stand_beside_the_slices_on_which_they_help(no_trials):
+    """Less of one and more of neither."""
+    first, cell_ = plan_flags.FLAGS[0][0], plan_flags.CELLS[0]
+    figures = {
+        plan_flags.key_of("", cell_): {"hbm": 100 * GIB, "sent": {}, "ici": 1.0},
+        plan_flags.key_of(first, cell_): {"hbm": 90 * GIB, "sent": {}, "ici": 1.0},
+        plan_flags.key_of(plan_flags.FLAGS[1][0], cell_): {"hbm": 90 * GIB, "sent": {}, "ici": 1.1},
+    }
+    no_trials.write_text(json.dumps(figures))
+    text = plan_grid.page(dict.fromkeys(plan_grid.cells(), cell(True)))
+    command = "`qwenvl-jax train configs/pretrain/s1.py --model qwen3_vl_2b`"
+    assert f"| 8B | S2 | v5e:16x16 | {command} | 1 |" in text
+    assert f"| 8B | S2 | v5p:8x8x8 | {command} | none |" in text
+    assert f"| 1 | `{first}` | " in text and "| 2B S1 v5e:16x16 | 100.00, 90.00 GiB | 1.000, 1.000 s |" in text
+
+
+def test_flags_are_given_to_libtpu_and_taken_back(monkeypatch):
+    monkeypatch.setenv(plan_flags.ARGUMENTS, "--mine=1")
+    with plan_flags._given("--yours=2"):
+        assert os.environ[plan_flags.ARGUMENTS] == "--mine=1 --yours=2"
+    assert os.environ[plan_flags.ARGUMENTS] == "--mine=1"
+
+
+def test_a_partial_grid_says_so(no_trials):
     first, second = ("2b", "s1", "v5e:16x16"), ("2b", "s2", "v6e:16x16")
     text = plan_grid.page({first: cell(True), second: cell(False)})
     assert "2 of 96 cells" in text and "The grid is not complete" in text
     assert "| 2B S1 | 10.0 of 16.0 GiB, 6.3 days | - | - | - |" in text
     assert "| 2B S2 | - | does not fit: 10.0 of 16.0 GiB | - | - |" in text
-    assert "| 2B | S1 | v5e:16x16 | `qwenvl-jax train configs/pretrain/s1.py --model qwen3_vl_2b` |" in text
-    assert "| 2B | S2 | v6e:16x16 | does not fit: --microbatches 4 |" in text
+    assert "| 2B | S1 | v5e:16x16 | `qwenvl-jax train configs/pretrain/s1.py --model qwen3_vl_2b` | none |" in text
+    assert "| 2B | S2 | v6e:16x16 | does not fit: --microbatches 4 | none |" in text
     whole = plan_grid.page(dict.fromkeys(plan_grid.cells(), cell(True)))
     assert "96 of 96 cells" in whole and "not complete" not in whole
 
