@@ -1,10 +1,11 @@
 """Plans every size of Qwen3-VL in every stage on four slices, one file a cell in docs/plan, and writes docs/plan.md.
 
-    .venv/bin/python -m tools.plan_grid [--only TEXT] [--limit N] [--full]
+    .venv/bin/python -m tools.plan_grid [--only TEXT] [--limit N] [--full] [--smallest GENERATION]
 
 A cell that has its file is left alone, so a run that was stopped goes on where it was. Without `--limit`, all cells;
 with `--limit 0` the page alone. One cell at a time, the smallest first. Code is not generated unless `--full` is given:
-figures are the same, and a cell takes minutes less.
+figures are the same, and a cell takes minutes less. `--smallest v5p` looks for the smallest slice of v5p that holds S3
+of the 235B.
 """
 
 import argparse
@@ -15,16 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwenvl_jax.errors import QwenVLError
+from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax.plan.bounds import USABLE
+from qwenvl_jax.plan.mesh import estimate
 from qwenvl_jax.plan.plan import layout_of, make_plan, read_cells
 from qwenvl_jax.plan.show import advice, command
+from qwenvl_jax.plan.topology import known_shapes
 from tools import plan_flags
 
 ROOT = Path(__file__).parents[1]
 FOLDER, PAGE = ROOT / "docs" / "plan", ROOT / "docs" / "plan.md"
 SIZES = ("2b", "4b", "8b", "30b_a3b", "32b", "235b_a22b")
+LARGEST = ("235b_a22b", "s3")  # what `--smallest` is about
 STAGES = ("s0", "s1", "s2", "s3")
 SLICES = ("v5e:16x16", "v6e:16x16", "tpu7x:4x4x8", "v5p:8x8x8")
+_LARGEST_OF = ("v5p", "tpu7x")
 _GIB = 2**30
 _HEAD = """\
 # What fits where
@@ -63,6 +69,28 @@ def planned(size: str, stage: str, topology: str, *, quick: bool) -> dict[str, A
     }
 
 
+def smallest(generation: str, *, quick: bool) -> dict[str, Any]:
+    """The smallest slice of a generation that holds the largest cell: what stands in its file."""
+    size, stage = LARGEST
+    tried = []
+    for shape in known_shapes(generation):
+        name = f"{generation}:{shape}"
+        (cell,) = read_cells(f"configs/pretrain/{stage}.py", [], topology=name, model=f"qwen3_vl_{size}")
+        try:
+            layout, _ = layout_of(cell)
+        except ConfigError:  # its devices are no divisor of the batch
+            continue
+        estimated = estimate(layout, cell.stage, cell.model, cell.topology, cell.param_bytes)
+        if estimated > USABLE * cell.topology.hardware.hbm:
+            continue
+        print(f"{name}: estimated at {estimated / _GIB:.1f} GiB, compiling ...", flush=True)
+        result = planned(size, stage, name, quick=quick)
+        if result["plan"]["fits"]:
+            return {"smallest": result, "tried": tried}
+        tried.append({"topology": name, "hbm": result["plan"]["hbm"]})
+    raise QwenVLError(f"no slice of {generation} holds {size} {stage}")
+
+
 def page(found: dict[tuple[str, str, str], dict[str, Any]]) -> str:
     """docs/plan.md."""
     total = len(list(cells()))
@@ -77,7 +105,7 @@ def page(found: dict[tuple[str, str, str], dict[str, Any]]) -> str:
         for stage in STAGES:
             row = (_cell(found.get((size, stage, slice_))) for slice_ in SLICES)
             lines.append(f"| {size.upper().replace('_', '-')} {stage.upper()} | {' | '.join(row)} |")
-    lines += [*_assumed(found), *_recipes(found), *_flags()]
+    lines += [*_smallest(), *_assumed(found), *_recipes(found), *_flags()]
     return "\n".join(lines) + "\n"
 
 
@@ -91,6 +119,24 @@ def _cell(found: dict[str, Any] | None) -> str:
     )
     days = f"{plan['days']:.1f}" if plan["days"] >= 0.1 else f"{plan['days']:.2f}"
     return f"{taken}, {days} days" if plan["fits"] else f"does not fit: {taken}"
+
+
+def smallest_path(generation: str) -> Path:
+    """The file of the smallest slice of a generation."""
+    return FOLDER / "smallest" / f"{'-'.join(LARGEST)}-{generation}.json"
+
+
+def _smallest() -> Iterator[str]:
+    """The smallest slices that hold the largest cell."""
+    size, stage = (word.upper().replace("_", "-") for word in LARGEST)
+    for path in sorted(smallest_path("any").parent.glob("*.json")):
+        found = json.loads(path.read_text())
+        held, plan = found["smallest"], found["smallest"]["plan"]
+        tried = "".join(f"; {one['topology']} does not hold it" for one in found["tried"])
+        yield ""
+        name = f"{plan['topology']}**, {plan['devices']} devices"
+        yield f"**{size} {stage} fits on {name}: {_cell(held)}{tried}. Smaller slices"
+        yield f"are estimated to be too small, or do not divide its batch. `{held['command']}`"
 
 
 def _assumed(found: dict[tuple[str, str, str], dict[str, Any]]) -> Iterator[str]:
@@ -140,8 +186,8 @@ def _flags() -> Iterator[str]:
     """What each flag does to compiled programs."""
     yield from ("", "## Flags", "")
     yield "Compiled by `.venv/bin/python -m tools.plan_flags` with each flag and without: HBM of a device, and the"
-    yield "bound of what it sends. A flag stands beside a recipe if it lowers one by more than 1 % and raises neither, on"
-    yield "that slice. None was timed on hardware, where what overlaps is seen too: try the others as well."
+    yield "bound of what it sends. A flag stands beside a recipe if it lowers one by more than 1 % and raises neither,"
+    yield "on that slice. None was timed on hardware, where what overlaps is seen too: try the others as well."
     yield from ("", "| | flag | why | cell | HBM without, with it | ICI bound without, with it |")
     yield "| --- | --- | --- | --- | --- | --- |"
     trials = plan_flags.read()
@@ -166,9 +212,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT", default="", help="cells whose file's name holds this")
     parser.add_argument("--limit", metavar="N", type=int, help="cells at most")
+    parser.add_argument(
+        "--smallest", metavar="GENERATION", choices=_LARGEST_OF, help="look for the smallest slice alone"
+    )
     parser.add_argument("--full", action="store_true", help="generate code too")
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
+    if options.smallest:
+        path = smallest_path(options.smallest)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(smallest(options.smallest, quick=not options.full), indent=2) + "\n")
+        PAGE.write_text(page(read()))
+        return
     missing = [cell for cell in cells() if not path_of(*cell).exists() and options.only in path_of(*cell).name]
     for cell in missing[: options.limit]:
         try:

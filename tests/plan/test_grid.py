@@ -72,3 +72,25 @@ def test_every_cell_has_a_file_of_its_own():
     paths = {plan_grid.path_of(*one) for one in plan_grid.cells()}
     assert len(paths) == 96
     assert {path.parent for path in paths} == {plan_grid.FOLDER}
+
+
+def test_the_smallest_slice_is_the_first_that_holds_it(monkeypatch, tmp_path):
+    """Those that are estimated to be too small are not compiled, those that divide no batch neither."""
+    asked = []
+
+    def planned(size, stage, topology, *, quick):
+        asked.append(topology)
+        found = cell(len(asked) == 2)
+        found["plan"] |= {"topology": topology, "devices": 64}
+        return found
+
+    monkeypatch.setattr(plan_grid, "planned", planned)
+    monkeypatch.setattr(plan_grid, "FOLDER", tmp_path)
+    found = plan_grid.smallest("v5p", quick=True)
+    assert asked[0] == "v5p:4x4x4" and found["smallest"]["plan"]["topology"] == asked[1]
+    assert [one["topology"] for one in found["tried"]] == asked[:1]
+    path = plan_grid.smallest_path("v5p")
+    path.parent.mkdir()
+    path.write_text(json.dumps(found))
+    text = plan_grid.page({})
+    assert f"**235B-A22B S3 fits on {asked[1]}**" in text and f"; {asked[0]} does not hold it. Smaller slices" in text
