@@ -1,4 +1,4 @@
-"""The process that compiles: `python -m qwenvl_jax.plan.child FOLDER`; see `qwenvl_jax.plan.compiling`."""
+"""The process that compiles: `python -m qwenvl_jax.plan.child FOLDER PARENT`; see `qwenvl_jax.plan.compiling`."""
 
 import dataclasses
 import json
@@ -18,9 +18,13 @@ from qwenvl_jax.plan.dump import assigned, assigned_bytes, sent_bytes
 from qwenvl_jax.plan.programs import traced
 
 
-def main(folder: Path) -> None:
-    """Compiles the request in a folder and writes the result there."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+def main(folder: Path, parent: int) -> None:
+    """Compiles the request in a folder and writes the result there.
+
+    Args:
+      parent: number of the process that asks, with which this one ends.
+    """
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     request = pickle.loads((folder / compiling.REQUEST).read_bytes())
     try:
         result = dataclasses.asdict(compiled(request, folder))
@@ -86,4 +90,4 @@ def devices_of(topology: str, slices: int = 1) -> list[jax.Device]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -147,7 +147,7 @@ def compile_step(request: Request | ServeRequest, *, quick: bool = False) -> Com
     with tempfile.TemporaryDirectory(prefix="qwenvl-plan-") as name, (Path(name) / "log").open("w+b") as log:
         folder = Path(name)
         (folder / REQUEST).write_bytes(pickle.dumps(request))
-        command = [sys.executable, "-m", "qwenvl_jax.plan.child", name]
+        command = [sys.executable, "-m", "qwenvl_jax.plan.child", name, str(os.getpid())]
         child = subprocess.Popen(
             command, env={**os.environ, **_ENVIRONMENT}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
