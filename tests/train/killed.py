@@ -53,7 +53,7 @@ def main(moment: str, *arguments: str) -> int:
     elif kind == "batch":
         after(validation, "shard_batch")
     elif kind == "token":
-        after(sys.modules["qwenvl_jax.generate"], "_next")
+        after(sys.modules["qwenvl_jax.generate"], "read_token")
     else:
         after(pretrained, "save")
     return cli.main(["train", *arguments])
