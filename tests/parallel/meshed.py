@@ -1,6 +1,7 @@
 """Models whose sizes every mesh divides, and a batch of everything: packed rows, pictures, text alone, padding."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -99,13 +100,18 @@ def parts_on(config: QwenVLConfig, rules: str = "fsdp_tensor", override=(), **si
     return ModelParts(config, dtype="float32", param_dtype="float32", mesh=mesh, rules=make_rules(rules, override))
 
 
+@functools.cache
+def _drawn(config: QwenVLConfig) -> dict[str, np.ndarray]:
+    """Random weights, drawn on one device: what is drawn depends on where it is."""
+    single = ModelParts(config, dtype="float32", param_dtype="float32", mesh=make_mesh(jax.devices()[:1], data=1))
+    return {name: np.asarray(value) for name, value in single.random(1).items()}
+
+
 def outcome(parts: ModelParts, batch: Batch, **settings) -> Outcome:
     """The gradients of a batch, and the weights after a step of SGD at rate 1."""
     optimizer = OptimizerConfig(learning_rate=1.0, schedule="constant", clip_norm=0.0)
     stage = StageConfig(name="s", steps=1, loss="sqrt", loss_chunk=24, optimizer=optimizer, **settings)
-    single = ModelParts(parts.config, dtype="float32", param_dtype="float32", mesh=make_mesh(jax.devices()[:1], data=1))
-    # Drawn on one device: what is drawn depends on where it is.
-    params = {name: jax.device_put(np.asarray(v), parts.shardings[name]) for name, v in single.random(1).items()}
+    params = {name: jax.device_put(value, parts.shardings[name]) for name, value in _drawn(parts.config).items()}
     placed = shard_batch(batch, parts.mesh, parts.rules)
     # SGD, whose state is the gradients that it was given.
     rule = optax.GradientTransformation(
