@@ -170,7 +170,9 @@ def make_gradients(parts: ModelParts, stage: StageConfig, classes: int = 0):
             begun = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
 
             def add(total, part):
-                found = one(params, frozen, part)
+                # Without the barrier libtpu 0.0.52 would move sums over devices out of this loop, and fails at those of
+                # experts.
+                found = jax.lax.optimization_barrier(one(params, frozen, part))
                 return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, found), None
 
             (gradients, sums), _ = jax.lax.scan(add, begun, parts_of_batch)

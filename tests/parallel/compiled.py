@@ -52,14 +52,15 @@ def step_on_slice(
     quick: bool = True,
     **sizes: int,
 ) -> Compiled:
-    """What the step of a stage takes on a TPU slice, compiled in another process; a row and a group on each share.
+    """What the step of a stage takes on a TPU slice, compiled in another process; a row and a group on each share,
+    and in each microbatch.
 
     Args:
       quick: as of `qwenvl_jax.plan.compiling.compile_step`; that takes seconds instead of minutes.
       sizes: of the mesh.
     """
     stage = stage or StageConfig(name="s", steps=10, remat="full")
-    shares = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+    shares = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES) * stage.microbatches
     shape = BatchShape(rows=shares, length=length, groups=shares, vision=vision)
     stage = dataclasses.replace(stage, batch=shape)
     run = TrainConfig(model=config, processor="unread", stages=(stage,), mesh=MeshConfig(**sizes), dtype="bfloat16")

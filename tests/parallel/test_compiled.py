@@ -13,6 +13,7 @@ from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train.config import StageConfig
 from tests.parallel.compiled import collectives, compile_step, step_on_slice, tpu_devices, trace_step
 from tests.parallel.meshed import even_config
+from tools.golden_plans import small_model
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
@@ -113,6 +114,18 @@ def test_attention_by_cudnn_is_lowered_for_gpus(monkeypatch, sizes):
     forward, backward = (program.count(f"@__cudnn$fmhaScaleBiasSoftmax{kind}(") for kind in ("", "Backward"))
     # Two blocks for each half of a row over `context`.
     assert backward >= 2 and forward == 2 * backward
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [False, True])
+def test_microbatches_compile_for_tpus(experts):
+    """Twice the rows in two parts take little more memory than one of them: the sums of gradients, in eight parts."""
+    one, two = (
+        step_on_slice(small_model(experts), "v5p:2x2x2", stage=StageConfig(name="s", steps=10, microbatches=n), fsdp=8)
+        for n in (1, 2)
+    )
+    assert two.temporaries <= 1.2 * one.temporaries
 
 
 @needs_libtpu
