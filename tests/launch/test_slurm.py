@@ -15,6 +15,9 @@ from tests.launch.one_machine_slurm import facts, missing, one_machine_slurm, su
 from tests.train.several import environment, write_several_run
 from tests.train.tiny_run import ROOT
 
+# One Slurm at a time: JAX derives the port of a run from the job's number, which begins at 1 in each.
+pytestmark = pytest.mark.xdist_group("slurm")
+
 SCRIPT = ROOT / "launch/slurm.sh"
 STEPS = 5
 
