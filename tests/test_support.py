@@ -119,3 +119,10 @@ def test_results_are_recorded(tmp_path, processes):
     assert not any(tests for tests in results["results"]["qwen2_vl"].values())
     assert results["command"].startswith("python -m pytest -p tests.support --support-results")
     assert {"python", "jax", "transformers"} <= results["versions"].keys() and results["date"]
+
+
+@pytest.mark.xdist_group("one")
+def test_groups_of_tests_stay_together(request):
+    """By the end of its name, from which pytest-xdist takes a test's group."""
+    if getattr(request.config.option, "loadgroup", False):  # in a worker of `--dist loadgroup`
+        assert request.node.nodeid.endswith("@one")
