@@ -68,6 +68,8 @@ def attention(
     block = max(_MIN_BLOCK, -(-T // _MAX_BLOCKS))
     if cudnn:
         block = max(_MIN_BLOCK, min(block, _MASK_BYTES // (2 * B * S)))
+        if block * _MAX_BLOCKS < T and first is None:
+            return _by_cudnn_in_a_loop(q_BTNE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, causal, block)
         attend = _attend_by_cudnn if 2 * B * T * S <= _MASK_BYTES else jax.checkpoint(_attend_by_cudnn)
     # Heads lead, so that both products are plain batched matrix products: [queries, E] x [E, keys] for each head.
     q_BKNTE = q_BTNE.reshape(B, T, K, N // K, E).transpose(0, 2, 3, 1, 4)
@@ -116,6 +118,31 @@ def _attend_by_cudnn(q_BTNE, k_BSKE, v_BSKE, allowed_BTS):
     q, k, v = even(q_BTNE, 1), even(k_BSKE, 1), even(v_BSKE, 1)
     mask = even(allowed_BTS, 1, 2)[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")[:, :T]
+
+
+def _by_cudnn_in_a_loop(q_BTNE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, causal: bool, block: int):
+    """Blocks of queries against all keys, one after another: one program for any number of them, each with its mask."""
+    B, T = q_segments_BT.shape
+    count = -(-T // block)
+
+    def blocks(x, fill=0):
+        """[B, T, ...] to [count, B, block, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, count * block - T), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+        return x.reshape(B, count, block, *x.shape[2:]).swapaxes(0, 1)
+
+    def one(_, inputs):
+        q, segments, start = inputs
+        allowed = segments[:, :, None] == kv_segments_BS[:, None, :]
+        if causal:
+            slots = start + jnp.arange(block, dtype=jnp.int32)
+            allowed &= (slots[:, None] >= jnp.arange(k_BSKE.shape[1], dtype=jnp.int32)[None, :])[None]
+        return None, _attend_by_cudnn(q, k_BSKE, v_BSKE, allowed)
+
+    starts = jnp.arange(count, dtype=jnp.int32) * block
+    # Queries that fill up the last block belong to no segment.
+    inputs = (blocks(q_BTNE), blocks(q_segments_BT, -1), starts)
+    _, y = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), None, inputs)
+    return y.swapaxes(0, 1).reshape(B, count * block, *y.shape[3:])[:, :T]
 
 
 def _near(q_BTNE, k_BSKE, v_BSKE, q_segments_BT, kv_segments_BS, span: int, cudnn: bool):

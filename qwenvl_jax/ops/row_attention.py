@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.ops.attention import attention
+from qwenvl_jax.ops.packed_attention import cudnn_attention
 from qwenvl_jax.ops.splash import LANES, make_kernel, run_kernel, splash_attention
 from qwenvl_jax.parallel.context import balanced_slots, from_balanced
 from qwenvl_jax.parallel.placement import ATTENTION, Execution
@@ -26,16 +27,16 @@ def text_attention(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
     """
     if execution.balanced:
         return _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution)
-    if execution.backend != "plain":
+    backend = execution.backend(q_BTNE.dtype)
+    if backend != "plain":
         queries = execution.fitting_spec(q_BTNE.shape, "batch", None, "heads", None)
         keys = execution.fitting_spec(k_BTKE.shape, "batch", None, "kv_heads", None)
         segments = execution.fitting_spec(segments_BT.shape, "batch", None)
 
         def rows(q, k, v, s):
             k, v = _own_heads(k, v, q, q_BTNE, execution)
-            if execution.backend == "cudnn":
-                y = attention(q, k, v, q_segments_BT=s, kv_segments_BS=s, causal=True, cudnn=True)
-                return checkpoint_name(y, ATTENTION)
+            if backend == "cudnn":
+                return cudnn_attention(q, k, v, s, causal=True, packed=execution.packs)
             return splash_attention(q, k, v, s, causal=True, interpret=execution.platform != "tpu")
 
         run = execution.map(rows, (queries, keys, keys, segments), queries)
@@ -52,21 +53,21 @@ def vision_attention(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL, execution: Executi
       span: see `qwenvl_jax.ops.attention.attention`.
     """
 
-    cudnn = execution.backend == "cudnn"
+    backend = execution.backend(q_GRLNE.dtype)
+    cudnn = backend == "cudnn"
 
     def plain(q, k, v, s):
-        own = {"q_segments_BT": s, "kv_segments_BS": s}
-        return attention(q, k, v, **own, causal=False, span=span, cudnn=cudnn)
+        return attention(q, k, v, q_segments_BT=s, kv_segments_BS=s, causal=False, span=span)
 
     def flat(q, k, v, s):
         """Kernels take the rows of a device's groups as one batch."""
         rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v, s))
         if cudnn:
-            return checkpoint_name(plain(*rows).reshape(q.shape), ATTENTION)
+            return cudnn_attention(*rows, causal=False, packed=execution.packs, span=span).reshape(q.shape)
         return splash_attention(*rows, causal=False, interpret=execution.platform != "tpu").reshape(q.shape)
 
     # Splash knows no spans; windows are far shorter than its blocks.
-    if cudnn or (execution.backend == "splash" and (span is None or 3 * span >= q_GRLNE.shape[2])):
+    if cudnn or (backend == "splash" and (span is None or 3 * span >= q_GRLNE.shape[2])):
         spec = execution.fitting_spec(q_GRLNE.shape, "groups", "vision_rows")
         return execution.map(flat, (spec,) * 4, spec)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL)
     return checkpoint_name(jax.vmap(plain)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL), ATTENTION)
@@ -87,6 +88,7 @@ def _own_heads(k, v, q, all_q, execution: Execution):
 def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
     """Causal attention of rows split over `context`, in balanced order."""
     devices, T = execution.split("tokens"), q_BTNE.shape[1]
+    backend = execution.backend(q_BTNE.dtype)
     (axis,) = execution.spec("tokens")
     queries = execution.spec("batch", "tokens", "heads", None)
     keys = execution.spec("batch", "tokens", "kv_heads", None)
@@ -102,11 +104,11 @@ def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
         parts = []
         for half, place in enumerate((device, 2 * devices - 1 - device)):
             mine = slice(half * chunk, (half + 1) * chunk)
-            own = {"q_segments_BT": s[:, mine], "kv_segments_BS": all_s, "cudnn": execution.backend == "cudnn"}
+            own = {"q_segments_BT": s[:, mine], "kv_segments_BS": all_s, "cudnn": backend == "cudnn"}
             parts.append(attention(q[:, mine], k, v, **own, causal=True, first=place * chunk))
         return checkpoint_name(jnp.concatenate(parts, axis=1), ATTENTION)
 
-    if execution.backend != "splash" or T % (2 * devices * LANES):
+    if backend != "splash" or T % (2 * devices * LANES):
         return execution.map(plain, (queries, keys, keys, segments), queries)(q_BTNE, k_BTKE, v_BTKE, segments_BT)
 
     heads = q_BTNE.shape[2] // execution.split("heads")

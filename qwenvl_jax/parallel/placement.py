@@ -16,11 +16,12 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.parallel.mesh import single_device_mesh
 from qwenvl_jax.parallel.rules import BATCH_AXES, DEFAULT_RULES, Rules, mesh_axes
 
-Remat = Literal["none", "full", "attention", "products", "offload"]
+Remat = Literal["none", "full", "attention", "products", "products_attention", "offload"]
 Backend = Literal["auto", "plain", "splash", "cudnn"]
 
 # Names that layers give, by `jax.ad_checkpoint.checkpoint_name`, to what a policy may keep.
 LAYER_INPUT, ATTENTION = "layer_input", "attention"
+_CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,13 +33,14 @@ class Execution:
       rules: see `qwenvl_jax.parallel.rules`.
       remat: what the forward pass keeps for the backward pass, which makes the rest again:
         "none": everything. "full": each layer's input. "attention": also what attention gives, the dearest to make
-        again in long rows. "products": the results of products of activations with weights.
+        again in long rows. "products": the results of products of activations with weights. "products_attention":
+        both.
         "offload": each layer's input, in the host's memory.
       unroll: write layers out one after another in place of looping over them. A loop copies what the backward pass
         needs into stacked buffers and back; small models on CPU train half again as fast without it, large ones compile
         for long.
       attention: "plain" (XLA), "splash" (Pallas, TPU), "cudnn" (NVIDIA, for 16-bit values), or "auto": splash on
-        TPU and plain elsewhere.
+        TPU, cudnn on GPUs where values have 16 bits, plain elsewhere.
       balanced: whether the token slots of the rows stand in the order of `qwenvl_jax.parallel.context`.
     """
 
@@ -68,12 +70,18 @@ class Execution:
         """Of the mesh's devices: "cpu", "tpu" or "gpu"."""
         return self.mesh.devices.flat[0].platform
 
-    @property
-    def backend(self) -> str:
-        """The attention that is used: "plain", "splash" or "cudnn"."""
+    def backend(self, dtype) -> str:
+        """The attention that is used for values of this dtype: "plain", "splash" or "cudnn"."""
         if self.attention != "auto":
             return self.attention
+        if self.platform == "gpu" and np.dtype(dtype).itemsize == 2:
+            return "cudnn"
         return "splash" if self.platform == "tpu" else "plain"
+
+    @property
+    def packs(self) -> bool:
+        """Whether cuDNN has its kernel of packed rows here: on NVIDIA's Hopper GPUs and later."""
+        return self.platform == "gpu" and float(self.mesh.devices.flat[0].compute_capability) >= 9
 
     def split(self, *axes: str | None) -> int:
         """Into how many parts these logical axes are split together."""
@@ -123,11 +131,14 @@ class Execution:
 
 def _policy(remat: Remat):
     policies = jax.checkpoint_policies
+    attention = policies.save_from_both_policies(policies.save_only_these_names(ATTENTION), _is_cudnn)
     match remat:
         case "attention":
-            return policies.save_only_these_names(ATTENTION)
+            return attention
         case "products":
             return policies.dots_with_no_batch_dims_saveable
+        case "products_attention":
+            return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)
         case "offload":
             return policies.save_and_offload_only_these_names(
                 names_which_can_be_saved=[],
@@ -136,6 +147,11 @@ def _policy(remat: Remat):
                 offload_dst="pinned_host",
             )
     return policies.nothing_saveable
+
+
+def _is_cudnn(primitive, *_, **__) -> bool:
+    """What cuDNN's attention gives has no name of ours: beside the values it keeps sums, without which it runs again."""
+    return primitive.name == _CUDNN
 
 
 def token_shape_axes(path: tuple) -> tuple[str | None, ...]:

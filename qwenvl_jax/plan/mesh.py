@@ -143,6 +143,7 @@ def estimate(layout: Layout, stage: StageConfig, model: QwenVLConfig, topology: 
 def _kept(remat: str, width: int, heads: int, made: int, tensor: int) -> int:
     """Values that a layer keeps of a token for its backward pass."""
     more = {"offload": -width, "full": 0, "attention": heads // tensor, "products": made // tensor}
+    more["products_attention"] = more["products"] + more["attention"]
     return width + more.get(remat, 2 * made // tensor)
 
 

@@ -63,7 +63,7 @@ def made_again(model: QwenVLConfig, work: Work, learning: Collection[str], remat
     counts = text | seen if any(name.startswith("vision.") for name in learning) else text
     pairs = {name: count if name.endswith("pairs") else 0 for name, count in counts.items()}
     whole, attention = (step_flops(model, Work(**parts), ()).forward for parts in (counts, pairs))
-    return {"none": 0, "products": attention, "attention": whole - attention}.get(remat, whole)
+    return {"none": 0, "products_attention": 0, "products": attention, "attention": whole - attention}.get(remat, whole)
 
 
 def traced_answer(request: ServeRequest, devices: list[jax.Device]) -> tuple[jax.stages.Traced, Facts]:

@@ -9,7 +9,7 @@ from qwenvl_jax.plan.mesh import Layout
 from qwenvl_jax.plan.plan import Cell, Plan, make_plan
 
 # Policies, the fastest first.
-_REMATS: tuple[Remat, ...] = ("none", "products", "attention", "full")
+_REMATS: tuple[Remat, ...] = ("none", "products_attention", "products", "attention", "full")
 
 
 def search(cell: Cell, first: Layout, tries: int, *, quick: bool, say: Callable[[str], None]) -> list[Plan]:

@@ -109,8 +109,8 @@ def through_xla(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", given_to_xla)
 
 
-# Masks that are kept for the gradients, and too large ones.
-@pytest.mark.parametrize("mask_bytes", [2**30, 2**17])
+# Masks that are kept for the gradients, too large ones, and ones of more blocks than are written out.
+@pytest.mark.parametrize("mask_bytes", [2**30, 2**17, 2**15])
 @pytest.mark.parametrize(
     ("T", "causal", "span"), [(301, True, None), (301, False, None), (131, False, 8), (7, True, None)]
 )
@@ -118,6 +118,7 @@ def test_what_cudnn_is_asked_for(monkeypatch, T, causal, span, mask_bytes):
     """Odd numbers of queries and keys, several blocks, padding, grouped queries: outputs and gradients."""
     through_xla(monkeypatch)
     monkeypatch.setattr(attention_module, "_MASK_BYTES", mask_bytes)
+    monkeypatch.setattr(attention_module, "_MIN_BLOCK", 16 if mask_bytes == 2**15 else 128)
     there = T - 3
     segments = np.append(1 + np.arange(there) // (span or 110), [0, 0, 0]).astype(np.int32)[None].repeat(2, axis=0)
     q, k, v = (jnp.asarray(random((2, T, n, 8), n), jnp.bfloat16) for n in (6, 3, 3))

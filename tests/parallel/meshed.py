@@ -93,11 +93,13 @@ class Outcome:
     sums: dict[str, np.ndarray]
 
 
-def parts_on(config: QwenVLConfig, rules: str = "fsdp_tensor", override=(), **sizes: int) -> ModelParts:
-    """The model on a mesh of these sizes, of the first devices."""
+def parts_on(
+    config: QwenVLConfig, rules: str = "fsdp_tensor", override=(), *, dtype="float32", devices=None, **sizes: int
+) -> ModelParts:
+    """The model on a mesh of these sizes, of the first devices; its activations in `dtype`."""
     count = int(np.prod(list(sizes.values()) or [1]))
-    mesh = make_mesh(jax.devices()[:count], **(sizes or {"data": 1}))
-    return ModelParts(config, dtype="float32", param_dtype="float32", mesh=mesh, rules=make_rules(rules, override))
+    mesh = make_mesh((devices or jax.devices())[:count], **(sizes or {"data": 1}))
+    return ModelParts(config, dtype=dtype, param_dtype="float32", mesh=mesh, rules=make_rules(rules, override))
 
 
 @functools.cache

@@ -82,7 +82,7 @@ def test_eight_rows_at_once_and_four_times_two_agree(sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "attention", "products", "offload"])
+@pytest.mark.parametrize("remat", ["full", "attention", "products", "products_attention", "offload"])
 @pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "context": 2, "tensor": 2}])
 def test_what_is_kept_for_the_backward_pass_changes_nothing(remat, sizes):
     config = even_config("qwen3_vl")

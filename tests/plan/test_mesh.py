@@ -41,7 +41,7 @@ def test_the_rule_takes_the_fewest_microbatches_that_are_estimated_to_fit():
 def test_more_kept_is_estimated_as_more():
     stage, model, slice_ = recipes.s1(), PRESETS["qwen3_vl_8b"], Topology.named("v5p:8x8x8")
     layout = chosen(stage, model, slice_)
-    remats = ["offload", "full", "attention", "products", "none"]
+    remats = ["offload", "full", "attention", "products", "products_attention", "none"]
     sizes = [estimate(dataclasses.replace(layout, remat=remat), stage, model, slice_) for remat in remats]
     assert sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
 
