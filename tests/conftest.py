@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture
 def optax_promotes():
-    """For tests that take optimizer steps in this process: optax promotes dtypes implicitly."""
+    """For tests that take optimizer steps in this process, say: optax promotes dtypes implicitly."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 

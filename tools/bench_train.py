@@ -1,6 +1,6 @@
 """Times training steps of a stage on the devices of this machine: the very program that `train` runs, on made-up rows.
 
-    python -m tools.bench_train configs/pretrain/s1.py --model qwen3_vl_4b --rows 2 --vision 0.4 --remat products
+    python -m tools.bench_train configs/pretrain/s1.py --model qwen3_vl_4b --rows 2 --vision 0.4 --attention cudnn
 
 Rows are packed with samples of many lengths (`--samples`, on average so many a row); of the tokens `--vision` are of
 images, each about `--image-tokens` large, whose patches the tower reads and is trained on. Pixels, tokens and weights
@@ -142,7 +142,7 @@ def timed(options: argparse.Namespace, attention: str, remat: str | None) -> dic
         "model": options.model,
         "stage": stage.name,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "attention": Execution(mesh, rules, attention=stage.attention).backend(np.dtype(config.dtype)),
+        "attention": Execution(mesh, rules, attention=stage.attention).backend,
         "remat": stage.remat,
         "tokens": batch.tokens.size,
         "rows": options.rows,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from qwenvl_jax.ops.attention import attention
 
-# What the kernel keeps and adds up of each head grows with the segments that a row may have, there or not: on an H200 room
-# for 64 in rows of 8,192 took longer than the gradients themselves, and room for 16 a quarter of that. So rows have room
-# for segments of this many slots on average (of the decoder; of the tower, whose frames are smaller), or for 16.
+# What the kernel keeps of each head, and adds up, grows with the segments that a row may have, there or not: on an H200
+# room for 64 in rows of 8,192 took longer than the gradients themselves. So rows have room for segments of this many
+# slots on average (of the decoder; of the tower, whose frames are smaller), or for 16.
 _SAMPLE_SLOTS, _FRAME_SLOTS, _FEW = 512, 256, 16
 _SUMS_BYTES = 2**30  # and at most these bytes
 
@@ -37,7 +37,7 @@ def cudnn_attention(q_BTNE, k_BTKE, v_BTKE, segments_BT, *, causal: bool, packed
     return jax.lax.cond(
         jnp.max(jnp.sum(starts_BT, axis=1)) <= most,
         lambda q, k, v: packed_attention(q, k, v, starts_BT, causal=causal, most=most),
-        # What it needs for gradients is made again: it is seldom run, and each branch has room for what the other keeps.
+        # What it needs for gradients is made again: seldom run, it takes no room from what the other branch keeps.
         jax.checkpoint(by_masks),
         *(q_BTNE, k_BTKE, v_BTKE),
     )
@@ -72,9 +72,9 @@ def packed_attention(q_BTNE, k_BTKE, v_BTKE, starts_BT, *, causal: bool, most: i
     if q_BTNE.shape[1] % 2:
         # JAX wants even numbers for gradients. What fills up a row is a run of its own.
         more = [(0, 0), (0, 1), (0, 0), (0, 0)]
-        qkv = (jnp.pad(x, more) for x in (q_BTNE, k_BTKE, v_BTKE))
+        q, k, v = (jnp.pad(x, more) for x in (q_BTNE, k_BTKE, v_BTKE))
         starts_BT = jnp.pad(starts_BT, more[:2], constant_values=True)
-        return packed_attention(*qkv, starts_BT, causal=causal, most=most + 1)[:, :-1]
+        return packed_attention(q, k, v, starts_BT, causal=causal, most=most + 1)[:, :-1]
     T = q_BTNE.shape[1]
     # The kernel is told the same places of queries and keys, in values and not in slots: both have as many heads then.
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k_BTKE, v_BTKE))

@@ -27,15 +27,14 @@ def text_attention(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
     """
     if execution.balanced:
         return _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution)
-    backend = execution.backend(q_BTNE.dtype)
-    if backend != "plain":
+    if execution.backend != "plain":
         queries = execution.fitting_spec(q_BTNE.shape, "batch", None, "heads", None)
         keys = execution.fitting_spec(k_BTKE.shape, "batch", None, "kv_heads", None)
         segments = execution.fitting_spec(segments_BT.shape, "batch", None)
 
         def rows(q, k, v, s):
             k, v = _own_heads(k, v, q, q_BTNE, execution)
-            if backend == "cudnn":
+            if execution.backend == "cudnn":
                 return cudnn_attention(q, k, v, s, causal=True, packed=execution.packs)
             return splash_attention(q, k, v, s, causal=True, interpret=execution.platform != "tpu")
 
@@ -53,8 +52,7 @@ def vision_attention(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL, execution: Executi
       span: see `qwenvl_jax.ops.attention.attention`.
     """
 
-    backend = execution.backend(q_GRLNE.dtype)
-    cudnn = backend == "cudnn"
+    cudnn = execution.backend == "cudnn"
 
     def plain(q, k, v, s):
         return attention(q, k, v, q_segments_BT=s, kv_segments_BS=s, causal=False, span=span)
@@ -67,7 +65,7 @@ def vision_attention(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL, execution: Executi
         return splash_attention(*rows, causal=False, interpret=execution.platform != "tpu").reshape(q.shape)
 
     # Splash knows no spans; windows are far shorter than its blocks.
-    if cudnn or (backend == "splash" and (span is None or 3 * span >= q_GRLNE.shape[2])):
+    if cudnn or (execution.backend == "splash" and (span is None or 3 * span >= q_GRLNE.shape[2])):
         spec = execution.fitting_spec(q_GRLNE.shape, "groups", "vision_rows")
         return execution.map(flat, (spec,) * 4, spec)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL)
     return checkpoint_name(jax.vmap(plain)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL), ATTENTION)
@@ -88,7 +86,6 @@ def _own_heads(k, v, q, all_q, execution: Execution):
 def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
     """Causal attention of rows split over `context`, in balanced order."""
     devices, T = execution.split("tokens"), q_BTNE.shape[1]
-    backend = execution.backend(q_BTNE.dtype)
     (axis,) = execution.spec("tokens")
     queries = execution.spec("batch", "tokens", "heads", None)
     keys = execution.spec("batch", "tokens", "kv_heads", None)
@@ -104,11 +101,11 @@ def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
         parts = []
         for half, place in enumerate((device, 2 * devices - 1 - device)):
             mine = slice(half * chunk, (half + 1) * chunk)
-            own = {"q_segments_BT": s[:, mine], "kv_segments_BS": all_s, "cudnn": backend == "cudnn"}
+            own = {"q_segments_BT": s[:, mine], "kv_segments_BS": all_s, "cudnn": execution.backend == "cudnn"}
             parts.append(attention(q[:, mine], k, v, **own, causal=True, first=place * chunk))
         return checkpoint_name(jnp.concatenate(parts, axis=1), ATTENTION)
 
-    if backend != "splash" or T % (2 * devices * LANES):
+    if execution.backend != "splash" or T % (2 * devices * LANES):
         return execution.map(plain, (queries, keys, keys, segments), queries)(q_BTNE, k_BTKE, v_BTKE, segments_BT)
 
     heads = q_BTNE.shape[2] // execution.split("heads")

@@ -40,7 +40,7 @@ class Execution:
         needs into stacked buffers and back; small models on CPU train half again as fast without it, large ones compile
         for long.
       attention: "plain" (XLA), "splash" (Pallas, TPU), "cudnn" (NVIDIA, for 16-bit values), or "auto": splash on
-        TPU, cudnn on GPUs where values have 16 bits, plain elsewhere.
+        TPU and plain elsewhere.
       balanced: whether the token slots of the rows stand in the order of `qwenvl_jax.parallel.context`.
     """
 
@@ -70,12 +70,11 @@ class Execution:
         """Of the mesh's devices: "cpu", "tpu" or "gpu"."""
         return self.mesh.devices.flat[0].platform
 
-    def backend(self, dtype) -> str:
-        """The attention that is used for values of this dtype: "plain", "splash" or "cudnn"."""
+    @property
+    def backend(self) -> str:
+        """The attention that is used: "plain", "splash" or "cudnn"."""
         if self.attention != "auto":
             return self.attention
-        if self.platform == "gpu" and np.dtype(dtype).itemsize == 2:
-            return "cudnn"
         return "splash" if self.platform == "tpu" else "plain"
 
     @property
@@ -150,7 +149,7 @@ def _policy(remat: Remat):
 
 
 def _is_cudnn(primitive, *_, **__) -> bool:
-    """What cuDNN's attention gives has no name of ours: beside the values it keeps sums, without which it runs again."""
+    """What cuDNN's attention gives has no name of ours: with its values go sums, without which it would run again."""
     return primitive.name == _CUDNN
 
 

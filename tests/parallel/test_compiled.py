@@ -34,6 +34,22 @@ def few_layers(name: str, layers: int = 2):
     )
 
 
+def narrow(name: str):
+    """The same, an eighth as wide with heads of the public width: for what compiles to the end, code and all."""
+    config = few_layers(name)
+    text, vision, width = config.text, config.vision, config.vision.hidden_size // config.vision.num_heads
+    moe = text.moe and dataclasses.replace(text.moe, num_experts=16, moe_intermediate_size=128)
+    return dataclasses.replace(
+        config,
+        text=dataclasses.replace(
+            text, hidden_size=512, intermediate_size=768, num_attention_heads=8, num_key_value_heads=2, moe=moe
+        ),
+        vision=dataclasses.replace(
+            vision, hidden_size=4 * width, num_heads=4, intermediate_size=640, out_hidden_size=512
+        ),
+    )
+
+
 def across_groups(program: str, mesh, features: set[int]):
     """Collectives that hold something with one of these sizes, and join devices of different vision groups.
 
@@ -68,7 +84,7 @@ def test_no_device_sees_the_features_of_another_group(sizes):
 @pytest.mark.slow
 def test_no_device_of_a_tpu_slice_sees_the_features_of_another_group():
     mesh = make_mesh(tpu_devices("v5e:2x4"), fsdp=4, tensor=2)
-    text = compile_step(few_layers("qwen3_vl_2b"), mesh, length=512, vision=VISION).as_text()
+    text = compile_step(narrow("qwen3_vl_2b"), mesh, length=512, vision=VISION).as_text()
     assert len(collectives(text)) > 10
     assert list(across_groups(text, mesh, FEATURES)) == []
 
@@ -98,8 +114,8 @@ def test_temporaries_do_not_grow_with_the_slice():
 def test_every_generation_compiles_for_tpus(name, sizes, settings):
     """With the Pallas kernel, which CPU programs do not have, and experts' ragged exchange."""
     mesh = make_mesh(tpu_devices("v5p:2x2x2"), **sizes)
-    memory = compile_step(few_layers(name), mesh, **settings).memory_analysis()
-    assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < 95 * 2**30
+    memory = compile_step(narrow(name), mesh, **settings).memory_analysis()
+    assert 0 < memory.temp_size_in_bytes < 2 * 2**30 and memory.generated_code_size_in_bytes > 0
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "context": 2}])
