@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from qwenvl_jax.config import TextConfig
 from qwenvl_jax.models.layers import RESIDUAL_GAIN, Embed, Linear, RMSNorm
@@ -155,7 +156,9 @@ class Decoder(nnx.Module):
         Returns:
           ([B, 1, H] after the last norm, keys, values).
         """
-        rows = jnp.arange(x_B1H.shape[0])
+        cached = execution.fitting_spec(keys.shape, None, "batch", "kv_heads", None, None)
+        token = PartitionSpec(cached[1], None, cached[2], None)
+        write = execution.map(_written, (cached, token, PartitionSpec(), PartitionSpec(cached[1])), cached)
         filled_BS = (jnp.arange(keys.shape[3])[None, :] <= lengths_B[:, None]).astype(jnp.int32)
         ones_B1 = jnp.ones((x_B1H.shape[0], 1), jnp.int32)
 
@@ -164,8 +167,7 @@ class Decoder(nnx.Module):
             layer, index = layer
 
             def attend(q, k, v):
-                new_keys = keys.at[index, rows, :, lengths_B].set(k[:, 0])
-                new_values = values.at[index, rows, :, lengths_B].set(v[:, 0])
+                new_keys, new_values = write(keys, k, index, lengths_B), write(values, v, index, lengths_B)
                 mine = (
                     jax.lax.dynamic_index_in_dim(c, index, 0, keepdims=False).swapaxes(1, 2)
                     for c in (new_keys, new_values)
@@ -179,6 +181,17 @@ class Decoder(nnx.Module):
         indices = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
         (x_B1H, keys, values), _ = jax.lax.scan(body, (x_B1H, keys, values), (self.layers, indices))
         return self.norm(x_B1H), keys, values
+
+
+def _written(cache, new_B1KE, layer, lengths_B):
+    """A layer's keys or values [Y, B, K, S, E] with one more token, at the slot `lengths_B` of each row, in place.
+
+    Row by row: of a scatter over rows and slots compilers for TPUs make a copy of the cache where heads are several.
+    """
+    for row in range(cache.shape[1]):
+        new = new_B1KE[row, 0][None, None, :, None, :]
+        cache = jax.lax.dynamic_update_slice(cache, new, (layer, row, 0, lengths_B[row], 0))
+    return cache
 
 
 def _add_deepstack(x, index, deepstack):

@@ -226,19 +226,27 @@ def test_a_config_or_its_replacement_names_the_model():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_answers_compiled_for_a_slice(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("topology", "mesh", "heads"),
+    [
+        ("v6e:2x2", {}, 2),
+        ("v5e:2x2", {"data": 2, "tensor": 2}, 4),
+        ("v5e:2x4", {}, 1),
+    ],
+)
+def test_answers_compiled_for_a_slice(tmp_path, capsys, topology, mesh, heads):
+    """With as many heads of keys on a device, by each of which a compiler may lay out the cache in its own way."""
     path = tmp_path / "small.py"
     path.write_text(SMALL)
-    assert (
-        cli.main(["plan", str(path), "--serve", "--topology", "v5e:2x2", "--context", "1024", "--json", "--quick"]) == 0
-    )
+    sizes = [part for axis, size in mesh.items() for part in (f"--mesh.{axis}", str(size))]
+    asked = ["--serve", "--topology", topology, *sizes, "--context", "4096", "--json", "--quick"]
+    assert cli.main(["plan", str(path), *asked]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["mesh"]["tensor"] == 4 and facts["rows"] == 1
-    one = facts["contexts"]["1024"]
-    text = PRESETS["qwen3_vl_2b"].text
-    assert one["hbm"]["cache"] == 2 * 2 * 1024 * text.num_key_value_heads // 4 * text.head_dim * 2
+    one, text = facts["contexts"]["4096"], PRESETS["qwen3_vl_2b"].text
+    assert facts["mesh"]["tensor"] == text.num_key_value_heads // heads and facts["rows"] == mesh.get("data", 1)
+    assert one["hbm"]["cache"] == 2 * 2 * 4096 * heads * text.head_dim * 2
     assert 0 < one["hbm"]["weights"] < one["hbm"]["total"]["token"] <= one["hbm"]["total"]["prompt"] < GIB
-    # A token is written into the cache where it lies: there is no second one.
-    assert one["hbm"]["temporaries"]["token"] < one["hbm"]["cache"] // 2
+    # A token is written into the cache where it lies: there is no second one, not even of one layer.
+    assert one["hbm"]["temporaries"]["token"] < one["hbm"]["cache"] // 4
     # A token's products are summed along `tensor` in each layer.
     assert one["next_token"]["collective_bytes"]["tensor"] > 0
