@@ -1,7 +1,7 @@
 # make demo    the main job, end to end, at toy scale on this machine; writes runs/demo/
 # make test    the fast suite, the linters and the floors
-# make check   the longer suite: everything in `make test`, and the slow tests; where there is a Python 3.12, `make test`'s
-#              with it and the newest JAX within the bounds, in .venv312
+# make check   the longer suite: everything in `make test`, and the slow tests; where there is a Python 3.12, most of `make
+#              test`'s with it and the newest JAX within the bounds, in .venv312
 # make lint    the linters, the types and the floors alone
 # make support runs the tests that are evidence of what is supported; writes docs/support.json and docs/support.md
 # make format  rewrites the code in the project's style
@@ -36,15 +36,18 @@ demo: .venv/.installed
 test: .venv/.installed-test lint
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup
 
-# Programs are optimized here as they are for users; `make test` goes without, see tests/conftest.py.
+# What is compared with the reference is compiled as users compile it; the rest as by `make test`, without LLVM's
+# optimizations, which take longer than they save, see tests/conftest.py.
+COMPARED := tests/parity tests/models tests/ops
 OPTIMIZED := XLA_FLAGS=--xla_backend_optimization_level=3
 
 check: .venv/.installed-tpu lint
-	$(OPTIMIZED) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(OPTIMIZED) $(BIN)/python -m pytest $(COMPARED) -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(COMPARED)) -n $(JOBS) --dist loadgroup
 	@$(MAKE) --no-print-directory check-312
 
 # Python 3.12 and the newest JAX within the bounds, without the reference: torch may be a build of several GB there; and
-# without the slow tests, which `check` has just run.
+# without what `check` has just run and what hardly knows of JAX: the slow tests, data, the launchers and the demo.
 check-312:
 	@$(FIND_312); \
 	if [[ -z "$$found" ]]; then \
@@ -57,7 +60,8 @@ check-312:
 	    .venv312/bin/python -m pip --disable-pip-version-check install --quiet --editable '.[test]'; \
 	    touch .venv312/.installed-test; \
 	  fi; \
-	  .venv312/bin/python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup; \
+	  .venv312/bin/python -m pytest -m "not slow" $(addprefix --ignore=tests/,data demo launch) \
+	    -n $(JOBS) --dist loadgroup; \
 	fi
 
 lint: .venv/.installed-test

@@ -1,7 +1,7 @@
 """How the tests run: on the CPU, seen as eight devices, with JAX strict about dtypes and ranks.
 
 Programs are compiled without LLVM's optimizations, which take longer than running them a few times saves; `make check`
-compiles them as users do.
+compiles what it compares with the reference as users do.
 """
 
 import os
