@@ -16,7 +16,7 @@ The definition of MFU: PaLM (arXiv 2204.02311), appendix B; there attention is c
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,13 @@ class Work:
             frame_pairs=sum(int((lengths**2).sum()) for lengths in frames),
             window_pairs=sum(int((lengths**2).sum()) for lengths in windows),
         )
+
+    @classmethod
+    def of_frames(cls, vision: VisionConfig, held: Mapping[int, int]) -> "Work":
+        """The tower's work of so many patches in frames of each size, given in patches, all of whole windows."""
+        window = vision.window_size // vision.patch_size if vision.window_size else 0
+        patches, pairs = sum(held.values()), sum(size * count for size, count in held.items())
+        return cls(patches=patches, frame_pairs=pairs, window_pairs=patches * window**2)
 
     def __add__(self, other: "Work") -> "Work":
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)}

@@ -18,6 +18,7 @@ from qwenvl_jax.batch import Batch, KVCache
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import CheckpointError, QwenVLError
 from qwenvl_jax.models.qwenvl import QwenVL
+from qwenvl_jax.parallel.placement import place_batch
 
 # Lengths of rows and caches are rounded up to a multiple of this, so that prompts of about the same length share one
 # compiled program.
@@ -73,7 +74,8 @@ def generate(
 ) -> list[Answer]:
     """Answers every conversation.
 
-    A model that is spread over several processes is asked the same by all of them, and each gets all answers.
+    A model that is spread over several processes is asked the same by all of them, and each gets all answers. On a mesh
+    as many conversations as its `data`, `fsdp` and `expert` divide are shared among them; others each device reads.
 
     Args:
       model: as `QwenVL.from_pretrained` gives it.
@@ -104,8 +106,19 @@ def generate(
         )
     if not conversations:
         return []
-    batch = _at_length_step(processor(conversations, True, tools=tools, chat_template_kwargs=chat_template_kwargs))
+    shares = model.execution.split("batch")
+    batch = processor(
+        conversations,
+        True,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
+        # Devices read the media of their own conversations, and those that share some share their frames.
+        groups=shares if len(conversations) % shares == 0 else 1,
+        vision_multiple=model.execution.split("vision_rows"),
+    )
+    batch = _at_length_step(batch)
     _check_fit(model, batch, max_new_tokens)
+    batch = place_batch(batch, model.execution)
     ends = end_token_ids(model, processor)
     writers = [
         _Writer(processor, functools.partial(stream, row) if stream else None) for row in range(len(conversations))

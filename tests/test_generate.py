@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import logging
+import sys
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import CheckpointError, ConfigError, ConversationError, QwenVLError
 from qwenvl_jax.generate import Answer, Sampling, _Writer, chat, end_token_ids, generate, pick
 from qwenvl_jax.models.pretrained import load
+from qwenvl_jax.parallel.mesh import make_mesh
 
 QUESTION = [{"role": "user", "content": "describe the image"}]
 LONGER = [{"role": "user", "content": "when does the red square appear and when does the blue circle leave?"}]
@@ -48,6 +50,40 @@ def test_a_row_s_answer_is_its_own(model, processor, answers):
     alone = generate(model, processor, [QUESTION], max_new_tokens=12, temperature=1.5, top_k=40, seed=3)
     assert drawn[:1] == alone and drawn[0] != answers[0]
     assert drawn != generate(model, processor, [QUESTION, LONGER], 12, temperature=1.5, top_k=40, seed=4)
+
+
+@pytest.mark.parametrize(("count", "shared"), [(4, True), (3, False)])
+def test_on_a_mesh_conversations_and_their_frames_are_shared(
+    model, tiny_checkpoint, processor, monkeypatch, count, shared
+):
+    """Among shares of the mesh, if these divide them; the frames of a share among its devices."""
+    rng = np.random.default_rng(0)
+    images = [
+        {"type": "image", "image": rng.integers(0, 256, (32, 32 * (1 + i % 2), 3), dtype=np.uint8)}
+        for i in range(3 * count)
+    ]
+    asked = [
+        [{"role": "user", "content": [*images[3 * i : 3 * i + 3], {"type": "text", "text": "which?"}]}]
+        for i in range(count)
+    ]
+    wanted = generate(model, processor, asked, max_new_tokens=5)
+    spread = load(tiny_checkpoint, dtype="float32", mesh=make_mesh(jax.devices()[:4], data=2, tensor=2))
+    module = sys.modules["qwenvl_jax.generate"]  # whose name is the function's too
+    read, seen = module.read_prompts, []
+
+    def reading(graph, weights, batch, *rest):
+        seen.append(batch)
+        return read(graph, weights, batch, *rest)
+
+    monkeypatch.setattr(module, "read_prompts", reading)
+    assert generate(spread, processor, asked, max_new_tokens=5) == wanted
+    (batch,) = seen
+    groups = 2 if shared else 1
+    for rows in batch.vision:
+        G, R = rows.patches.shape[:2]
+        assert groups == G and R % 2 == 0
+        assert rows.patches.sharding.shard_shape(rows.patches.shape)[:2] == (1, R // 2)
+    assert batch.tokens.sharding.shard_shape(batch.tokens.shape)[0] == (count // 2 if shared else count)
 
 
 def test_answers_end(model, processor, answers):

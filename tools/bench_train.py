@@ -12,6 +12,7 @@ half only; nothing for padding nor for what rematerialization makes again.
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -27,7 +28,7 @@ import jax
 import numpy as np
 
 from qwenvl_jax.batch import Batch, VisionRows
-from qwenvl_jax.config import QwenVLConfig
+from qwenvl_jax.config import QwenVLConfig, VisionConfig
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.flops import Work, peak_flops, step_flops
 from qwenvl_jax.parallel.placement import Backend, Execution, Remat, shard_batch
@@ -35,7 +36,7 @@ from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train.config import DataConfig
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.devices import mesh_of
-from qwenvl_jax.train.program import begun_state, trace_step
+from qwenvl_jax.train.program import begun_state, state_shardings, trace_step
 from qwenvl_jax.train.state import ModelParts
 
 _GIB = 2**30
@@ -46,7 +47,8 @@ _PATCHES = 1024
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a config of one stage, such as configs/pretrain/s1.py")
-    parser.add_argument("--model", default="qwen3_vl_2b", choices=PRESETS, help="default: %(default)s")
+    names = [name for name, shape in PRESETS.items() if not shape.vision.window_size]  # windows are not made up here
+    parser.add_argument("--model", default="qwen3_vl_2b", choices=names, help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=1, help="of a batch; default: %(default)s")
     parser.add_argument("--length", type=int, help="token slots of a row; default: the stage's")
     parser.add_argument("--microbatches", type=int, default=1, help="of a batch; default: %(default)s")
@@ -87,12 +89,20 @@ def main() -> None:
 def timed(options: argparse.Namespace, attention: str, remat: str | None) -> dict[str, Any]:
     """Compiles the step of a stage and times it; what is found, by name."""
     config, _ = load_config_file(options.config)
+    if len(config.stages) != 1:
+        raise SystemExit(f"{options.config} has {len(config.stages)} stages; give a config of one.")
     (stage,) = config.stages
     model = PRESETS[options.model]
     if options.layers:
         model = dataclasses.replace(model, text=dataclasses.replace(model.text, num_hidden_layers=options.layers))
+    mesh, rules = mesh_of(config)
+    # Rows and groups are divided among shares of the mesh and microbatches.
+    groups = Execution(mesh, rules).split("batch") * options.microbatches
+    if options.rows % groups:
+        raise SystemExit(f"--rows {options.rows} must be a multiple of {groups}, devices * --microbatches.")
     batch = made_batch(
         model,
+        groups=groups,
         rows=options.rows,
         length=options.length or stage.batch.length,
         samples=options.samples,
@@ -104,16 +114,17 @@ def timed(options: argparse.Namespace, attention: str, remat: str | None) -> dic
     stage = dataclasses.replace(
         stage,
         **{name: value for name, value in chosen.items() if value},
-        batch=BatchShape(options.rows, batch.tokens.shape[1], groups=1, vision=vision_shape(batch)),
+        batch=BatchShape(options.rows, batch.tokens.shape[1], groups=groups, vision=vision_shape(batch)),
         microbatches=options.microbatches,
         data=DataConfig(),
     )
     config = dataclasses.replace(config, model=model, stages=(stage,))
-    mesh, rules = mesh_of(config)
     parts = ModelParts(model, dtype=config.dtype, param_dtype=config.param_dtype, mesh=mesh, rules=rules)
     params = parts.random(0)
     learning = {name: params.pop(name) for name in parts.select(stage.trainable)}
-    state = jax.jit(lambda learning: begun_state(parts, stage, 0, learning), donate_argnums=0)(learning)
+    begin = functools.partial(begun_state, parts, stage, 0)
+    shardings = state_shardings(parts, jax.eval_shape(begin, learning))
+    state = jax.jit(begin, donate_argnums=0, out_shardings=shardings)(learning)
     work, placed = Work.of(batch), shard_batch(batch, mesh, rules)
     names = tuple(state.params)
 
@@ -160,7 +171,7 @@ def timed(options: argparse.Namespace, attention: str, remat: str | None) -> dic
         "gib": {
             "arguments": held.argument_size_in_bytes / _GIB,
             "temporaries": held.temp_size_in_bytes / _GIB,
-            "peak": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / _GIB,
+            "peak_of_process": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / _GIB,
         },
         "loss": float(told.loss),
         "versions": _versions(),
@@ -198,16 +209,43 @@ def line_of(result: dict[str, Any]) -> str:
         f"{result['tokens']:>7} tokens ({share:.0%} vision): {result['seconds'] * 1e3:8.0f} ms, "
         f"{result['tokens_a_second']:8.0f} tokens/s, {result['tflops_a_second']:5.0f} TFLOP/s"
         + (f", MFU {mfu:.1%}" if mfu else "")
-        + f"; {gib['arguments']:.1f} + {gib['temporaries']:.1f} GiB (peak {gib['peak']:.1f}); "
+        + f"; {gib['arguments']:.1f} + {gib['temporaries']:.1f} GiB; "
         f"traced {result['trace_seconds']:.0f} s, compiled {result['compile_seconds']:.0f} s; "
         f"loss {result['loss']:.3f}"
     )
 
 
 def made_batch(
+    model: QwenVLConfig,
+    *,
+    rows: int,
+    groups: int,
+    length: int,
+    samples: float,
+    vision: float,
+    image_tokens: int,
+    seed: int,
+) -> Batch:
+    """Full rows of samples, some of whose tokens are those of images."""
+    sizes = {"length": length, "samples": samples, "vision": vision, "image_tokens": image_tokens}
+    made = [_made_group(model, rows=rows // groups, seed=seed + group, **sizes) for group in range(groups)]
+    most = max((one.vision[0].patches.shape[1] for one in made if one.vision), default=0)
+
+    def joined(path, *leaves):
+        if path[0].name == "vision" and path[-1].name != "pixel_table":
+            # Rows that some groups need more than others; sizes of padding are 1.
+            fill = int(path[-1].name == "sizes")
+            room = [[(0, 0), (0, most - leaf.shape[1]), *[(0, 0)] * (leaf.ndim - 2)] for leaf in leaves]
+            leaves = tuple(np.pad(leaf, one, constant_values=fill) for leaf, one in zip(leaves, room, strict=True))
+        return np.concatenate(leaves)
+
+    return jax.tree_util.tree_map_with_path(joined, *made)
+
+
+def _made_group(
     model: QwenVLConfig, *, rows: int, length: int, samples: float, vision: float, image_tokens: int, seed: int
 ) -> Batch:
-    """Full rows of samples, some of whose tokens are those of images, in one vision group."""
+    """The rows of one vision group."""
     rng = np.random.default_rng(seed)
     merge, config = model.vision.spatial_merge_size, model.vision
     shape = (rows, length)
@@ -229,7 +267,7 @@ def made_batch(
     for row in range(rows):
         begins = np.flatnonzero(np.diff(segments[row], prepend=0))
         positions[row] = (np.arange(length) - np.repeat(begins, np.diff([*begins, length])))[:, None]
-    seen, firsts = _vision_rows(rng, frames, config)
+    seen, firsts = _vision_rows(rng, frames, config, merge**2 * image_tokens)
     for first, (row, at, count) in zip(firsts, places, strict=True):
         index[row, at : at + count] = first + np.arange(count)
     weights = (index < 0).astype(np.float32)
@@ -252,11 +290,13 @@ def _samples(rng, length: int, samples: float) -> Iterator[tuple[int, int]]:
     yield from zip([0, *stops[:-1]], stops, strict=True)
 
 
-def _vision_rows(rng, frames: list[tuple[int, int]], config) -> tuple[tuple[VisionRows, ...], list[int]]:
+def _vision_rows(
+    rng, frames: list[tuple[int, int]], config: VisionConfig, most: int
+) -> tuple[tuple[VisionRows, ...], list[int]]:
     """The rows of one length that hold frames, and the first merged token of each frame."""
     if not frames:
         return (), []
-    L = max(_PATCHES, *(tall * wide for tall, wide in frames))
+    L = max(_PATCHES, most)
     held: list[int] = []  # patches in each row
     put = []
     for tall, wide in frames:

@@ -175,8 +175,12 @@ def _flags_for(slice_: str) -> list[int]:
         for cell in plan_flags.CELLS:
             without, with_ = (trials.get(plan_flags.key_of(given, cell)) for given in ("", flags))
             if cell[2] == slice_ and slice_.startswith(generation) and without and with_:
-                less = [with_[name] < 0.99 * without[name] for name in ("hbm", "ici")]
-                more = [with_[name] > 1.01 * without[name] for name in ("hbm", "ici")]
+                # A flag with which the compiler came to no program has no figures.
+                pairs = [(with_[name], without[name]) for name in ("hbm", "ici")]
+                if any(None in pair for pair in pairs):
+                    continue
+                less = [one < 0.99 * other for one, other in pairs]
+                more = [one > 1.01 * other for one, other in pairs]
                 if any(less) and not any(more):
                     numbers.append(number)
     return numbers
@@ -196,10 +200,14 @@ def _flags() -> Iterator[str]:
             without, with_ = (trials.get(plan_flags.key_of(given, cell)) for given in ("", flags))
             if cell[2].startswith(generation) and without and with_:
                 size, stage, slice_ = cell
-                hbm = ", ".join(f"{one['hbm'] / _GIB:.2f}" for one in (without, with_))
-                ici = ", ".join(f"{one['ici']:.3f}" for one in (without, with_))
+                hbm = ", ".join(_figure(one["hbm"], 2, _GIB) for one in (without, with_))
+                ici = ", ".join(_figure(one["ici"], 3) for one in (without, with_))
                 name = f"{size.upper()} {stage.upper()} {slice_}"
                 yield f"| {number} | `{flags}` | {why} | {name} | {hbm} GiB | {ici} s |"
+
+
+def _figure(value: float | None, digits: int, unit: int = 1) -> str:
+    return "unknown" if value is None else f"{value / unit:.{digits}f}"
 
 
 def read() -> dict[tuple[str, str, str], dict[str, Any]]:

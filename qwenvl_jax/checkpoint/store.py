@@ -57,7 +57,6 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind, *_):
-        logging.getLogger("absl").removeFilter(_without_traceback)
         try:
             self._manager.close()
         except Exception:
@@ -168,15 +167,27 @@ _REFUSALS = (
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    record.exc_info = record.exc_text = record.stack_info = None
+    """Leaves of what Orbax's threads log of a refused save the line; what else absl logs stays as it is."""
+    if _tells_a_refusal(record):
+        record.exc_info = record.exc_text = record.stack_info = None
     return True
 
 
 def _no_array_of_a_save(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Future exception was never retrieved")
+    forgotten = record.getMessage().startswith("Future exception was never retrieved")
+    return not (forgotten and _tells_a_refusal(record))
 
 
-def _is_refusal(error: Exception) -> bool:
+def _tells_a_refusal(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    while error is not None:
+        if _is_refusal(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_refusal(error: BaseException) -> bool:
     return any(words in str(error) for words in _REFUSALS)
 
 

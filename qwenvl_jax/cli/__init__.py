@@ -261,7 +261,7 @@ told. Exit status 1 means that a stage does not fit.""",
         help="a Python file with get_config(), such as those in configs/; with --serve a model, or a config with one",
     )
     parser.add_argument("--topology", metavar="SLICE", required=True, help="such as v5p:8x8x8, v5e:16x16, tpu7x:4x4x8")
-    parser.add_argument("--model", metavar="NAME", help="in place of the config's: a preset, a folder or a hub id")
+    parser.add_argument("--model", metavar="NAME", help="in place of a config's: a preset, a folder or a hub id")
     parser.add_argument("--stage", metavar="NAME", help="of the config's stages the one of this name; default: all")
     parser.add_argument("--json", action="store_true", help="as JSON; bytes are those of a device")
     parser.add_argument("--quick", action="store_true", help="stop once memory is assigned: no code is generated")
@@ -269,7 +269,11 @@ told. Exit status 1 means that a stage does not fit.""",
     parser.add_argument("--slices", metavar="N", type=int, default=1, help="so many of them, joined by their network")
     parser.add_argument("--serve", action="store_true", help="plan answers about a video in place of a stage")
     parser.add_argument(
-        "--context", metavar="N", type=int, nargs="+", help="with --serve: tokens of a row; default: 8192 32768 262144"
+        "--context",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="with --serve: tokens of a row; default: of 8192, 32768 and 262144 those that the model reads",
     )
     parser.add_argument(
         "--rows", metavar="N", type=int, default=0, help="with --serve: prompts at once; default: one on each share"
@@ -295,6 +299,8 @@ def _plan(options: argparse.Namespace) -> int:
         )
     from qwenvl_jax.plan.show import plan_command
 
+    if options.search < 0:
+        raise QwenVLError(f"--search {options.search}: expected how many to try, at least 1.")
     if options.context or options.rows:
         raise QwenVLError("--context and --rows are of answers; add --serve, or leave them out.")
     return plan_command(

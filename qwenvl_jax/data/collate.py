@@ -107,6 +107,7 @@ def collate(
     length: int | None = None,
     groups: int = 1,
     vision_shape: tuple[tuple[int, int], ...] | None = None,
+    vision_multiple: int = 1,
     merge_size: int = 2,
     patch_dim: int | None = None,
     window: int = 0,
@@ -122,6 +123,7 @@ def collate(
       length: token slots in a row; the longest row without it.
       groups: vision groups, dividing the number of rows.
       vision_shape: (rows, patches in a row) of each bucket, for each group alike; chosen to fit without it.
+      vision_multiple: of which the rows of a chosen shape are, for devices that share those of a group.
       merge_size: patches to the side of a merged token.
       patch_dim: bytes in a patch; needed where `vision_shape` is given and no sample may have media.
       window: side of an attention window of the tower, in merged tokens; 0 for a tower without windows.
@@ -142,7 +144,11 @@ def collate(
     per_group = len(rows) // groups
     frames_by_group = [_frames([s for row in rows[g * per_group :][:per_group] for s in row]) for g in range(groups)]
     lengths = [[len(frame.patches) for frame in frames] for frames in frames_by_group]
-    shape = choose_vision_shape(lengths) if vision_shape is None else tuple(vision_shape)
+    if vision_shape is None:
+        chosen = choose_vision_shape(lengths)
+        shape = tuple((-(-count // vision_multiple) * vision_multiple, patches) for count, patches in chosen)
+    else:
+        shape = tuple(vision_shape)
     _check_shape(shape, merge_size)
     places: list[list[Place]] = []
     for g, one in enumerate(lengths):

@@ -147,6 +147,7 @@ class Processor:
         length: int | None = None,
         groups: int = 1,
         vision_shape: tuple[tuple[int, int], ...] | None = None,
+        vision_multiple: int = 1,
     ) -> Batch:
         """A batch with one conversation a row, padded on the right.
 
@@ -154,7 +155,7 @@ class Processor:
           conversations: each a list of messages.
           add_generation_prompt: whether each ends with the assistant's turn opened.
           tools, chat_template_kwargs, time_format: of all of them; see `sample`.
-          length, groups, vision_shape: see `qwenvl_jax.data.collate.collate`.
+          length, groups, vision_shape, vision_multiple: see `qwenvl_jax.data.collate.collate`.
 
         Raises:
           ConversationError, MediaError: what is wrong, and where.
@@ -184,6 +185,7 @@ class Processor:
             pixel_table=self.pixel_table,
             groups=groups,
             vision_shape=vision_shape,
+            vision_multiple=vision_multiple,
             merge_size=self.merge_size,
             pad_token_id=self.pad_token_id,
             patch_dim=self.patch_dim,

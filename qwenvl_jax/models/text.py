@@ -186,6 +186,8 @@ class Decoder(nnx.Module):
 def _written(cache, new_B1KE, layer, lengths_B):
     """A layer's keys or values [Y, B, K, S, E] with one more token, at the slot `lengths_B` of each row, in place.
 
+    There must be such a slot: of a row that is full the last one would be written over.
+
     Row by row: of a scatter over rows and slots compilers for TPUs make a copy of the cache where heads are several.
     """
     for row in range(cache.shape[1]):

@@ -103,7 +103,9 @@ def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
             mine = slice(half * chunk, (half + 1) * chunk)
             own = {"q_segments_BT": s[:, mine], "kv_segments_BS": all_s, "cudnn": execution.backend == "cudnn"}
             parts.append(attention(q[:, mine], k, v, **own, causal=True, first=place * chunk))
-        return checkpoint_name(jnp.concatenate(parts, axis=1), ATTENTION)
+        y = jnp.concatenate(parts, axis=1)
+        # What cuDNN gives is kept by itself where attention is.
+        return y if execution.backend == "cudnn" else checkpoint_name(y, ATTENTION)
 
     if execution.backend != "splash" or T % (2 * devices * LANES):
         return execution.map(plain, (queries, keys, keys, segments), queries)(q_BTNE, k_BTKE, v_BTKE, segments_BT)

@@ -222,6 +222,20 @@ def shard_batch(batch, mesh: Mesh, rules: Rules = DEFAULT_RULES):
     return jax.tree_util.tree_map_with_path(put, batch)
 
 
+def place_batch(batch, execution: Execution):
+    """Puts a `Batch` that every process has whole on the mesh: as `shard_batch` does what the mesh divides, the rest
+    whole on every device."""
+    if execution.mesh.size == 1:
+        return batch
+
+    def put(path, leaf):
+        axes = ("groups", None) if path[-1].name == "pixel_table" else token_shape_axes(path)
+        sharding = NamedSharding(execution.mesh, execution.fitting_spec(leaf.shape, *axes))
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+
 def _from_share(leaf, sharding: NamedSharding, share: int, rows: int) -> jax.Array:
     """A global array of which this process has a run of rows, with all that stands in them."""
     shape = (rows, *leaf.shape[1:])

@@ -57,15 +57,11 @@ def assume(stage: StageConfig, model: QwenVLConfig, *, multiple: int = 1) -> Ass
         held = {size: rows * size for rows, size in shape.buckets}
         if held:
             notes.append("vision rows are full, each with one frame")
-    patches = shape.groups * sum(held.values())
-    window = model.vision.window_size // model.vision.patch_size if model.vision.window_size else 0
-    work = Work(
+    seen = Work.of_frames(model.vision, {size: shape.groups * count for size, count in held.items()})
+    work = seen + Work(
         tokens=shape.rows * shape.length,
-        vision_tokens=patches // merge,
+        vision_tokens=seen.patches // merge,
         text_pairs=shape.rows * shape.length * (shape.length + 1) // 2,
-        patches=patches,
-        frame_pairs=shape.groups * sum(size * count for size, count in held.items()),
-        window_pairs=patches * window**2,
     )
     return Assumed(shape, work, len(stage.data.parts), tuple(notes))
 

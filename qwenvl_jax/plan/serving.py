@@ -15,6 +15,7 @@ from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.flops import Work, step_flops
 from qwenvl_jax.generate import LENGTH_STEP
 from qwenvl_jax.parallel.mesh import AXES
+from qwenvl_jax.parallel.rules import make_rules
 from qwenvl_jax.plan.bounds import Memory, bounds, by_axis, memory
 from qwenvl_jax.plan.compiling import Compiled, Phase, ServeRequest, compile_step
 from qwenvl_jax.plan.plan import model_of
@@ -138,14 +139,23 @@ def prompt_bounds(answering: Answering) -> dict[str, float | None]:
 def token_bounds(answering: Answering) -> dict[str, float | None]:
     """Seconds between tokens at least.
 
-    HBM gives each weight of the decoder once, but of experts as many as a token goes to, and the whole cache.
+    HBM gives each weight of the decoder once, those too that a device gathers from others, but of experts as many as a
+    token goes to, and the whole cache.
     """
-    found = bounds(answering.token, answering.serving.topology)
-    state, moe = answering.token.state, answering.serving.model.text.moe
-    read = state["decoder"] + state["cache"]
+    serving = answering.serving
+    found = bounds(answering.token, serving.topology)
+    state, moe = answering.token.state, serving.model.text.moe
+    read = state["decoder"] * _gathered(serving.mesh, "embed") + state["cache"]
     if moe:
-        read += state["experts"] * moe.num_experts_per_tok // moe.num_experts
-    return found | {"hbm": read / answering.serving.topology.hardware.hbm_bandwidth}
+        experts = state["experts"] * _gathered(serving.mesh, "expert_embed")
+        read += experts * moe.num_experts_per_tok // moe.num_experts
+    return found | {"hbm": read / serving.topology.hardware.hbm_bandwidth}
+
+
+def _gathered(mesh: MeshConfig, axis: str) -> int:
+    """How many devices have the parts of a weight that is whole where it is used."""
+    names = make_rules(mesh.rules, mesh.override)[axis] or ()
+    return math.prod(getattr(mesh, name) for name in ((names,) if isinstance(names, str) else names))
 
 
 def read_serving(
@@ -155,12 +165,14 @@ def read_serving(
 
     Args:
       source: a preset, a folder or a hub id; or a config, a Python file, whose model is meant.
-      overrides: settings of the mesh, such as ["--mesh.tensor", "4"]; a config's mesh is that of its training.
+      overrides: settings of the mesh, such as ["--mesh.tensor", "4"]; without `--mesh.data` shares are as many as there
+        are devices left, and without `--mesh.rules` each has all weights but what `tensor` and `expert` split. A
+        config's mesh is that of its training, and not used.
       model: in place of the config's.
       rows: see `make_serving`.
 
     Raises:
-      ConfigError: what is wrong with the config file, a setting, or a name.
+      ConfigError: what is wrong with the config file, a setting, or a name; two models.
       CheckpointError: a folder that is none of a model.
     """
     odd = [name for name in overrides if name.startswith("--") and not name.startswith("--mesh.")]
@@ -169,10 +181,21 @@ def read_serving(
     slice_ = Topology.named(topology)
     if source.endswith(".py"):
         shape, name = model_of(load_config_file(source)[0], model)
+    elif model is not None:
+        raise ConfigError(f"{source} and --model {model} are two models; give one, or a config (a .py file) to change.")
     else:
-        shape, name = model_of(recipes.pretraining(recipes.s1()), model or source)
-    mesh = apply_overrides(recipes.pretraining(recipes.s1()), overrides).mesh if overrides else None
+        shape, name = model_of(recipes.pretraining(recipes.s1()), source)
+    mesh = _mesh_of(overrides, slice_) if overrides else None
     return make_serving(name, shape, slice_, mesh=mesh, rows=rows)
+
+
+def _mesh_of(overrides: Sequence[str], topology: Topology) -> MeshConfig:
+    base = dataclasses.replace(recipes.pretraining(recipes.s1()), mesh=MeshConfig(fsdp=1, rules="replicated"))
+    mesh = apply_overrides(base, overrides).mesh
+    if any(name.split("=")[0] == "--mesh.data" for name in overrides):
+        return mesh
+    others = math.prod(max(1, getattr(mesh, axis)) for axis in AXES if axis != "data")
+    return dataclasses.replace(mesh, data=max(1, topology.devices // others))
 
 
 def make_serving(
@@ -188,6 +211,8 @@ def make_serving(
     Raises:
       ConfigError: a mesh that the slice does not divide by, or rows that its shares do not.
     """
+    if rows < 0:
+        raise ConfigError(f"--rows {rows}: expected how many prompts are answered at once, at least 1.")
     mesh = _checked(mesh, topology) if mesh else _chosen(model, topology)
     serving = Serving(name, model, topology, mesh, rows or mesh.data * mesh.fsdp * mesh.expert)
     if serving.rows % serving.shares:
@@ -221,17 +246,10 @@ def make_answering(serving: Serving, context: int, *, quick: bool = False) -> An
     """Compiles both programs for a context, each in a process of its own.
 
     Raises:
-      ConfigError: a context that is too small for a frame, or more than the model reads.
+      ConfigError: see `frames_of`.
       QwenVLError: what the compiler has to say.
     """
-    reach = serving.model.text.max_position_embeddings
-    frames = (context - LENGTH_STEP - TEXT_TOKENS) // FRAME_TOKENS
-    if context % LENGTH_STEP or frames < 1 or context > reach:
-        least = LENGTH_STEP + TEXT_TOKENS + FRAME_TOKENS
-        raise ConfigError(
-            f"a context of {context} tokens: expected a multiple of {LENGTH_STEP} from {least} to {reach}, as many as "
-            f"{serving.name} reads."
-        )
+    frames = frames_of(serving, context)
 
     def compiled(phase: Phase) -> Compiled:
         request = ServeRequest(
@@ -251,6 +269,23 @@ def make_answering(serving: Serving, context: int, *, quick: bool = False) -> An
     return Answering(serving, context, frames, compiled("prompt"), compiled("token"))
 
 
+def frames_of(serving: Serving, context: int) -> int:
+    """Temporal patches of the video that fills a context.
+
+    Raises:
+      ConfigError: a context that is too small for a frame, or more than the model reads.
+    """
+    reach = serving.model.text.max_position_embeddings
+    frames = (context - LENGTH_STEP - TEXT_TOKENS) // FRAME_TOKENS
+    if context % LENGTH_STEP or frames < 1 or context > reach:
+        least = LENGTH_STEP + TEXT_TOKENS + FRAME_TOKENS
+        raise ConfigError(
+            f"a context of {context} tokens: expected a multiple of {LENGTH_STEP} from {least} to {reach}, as many as "
+            f"{serving.name} reads."
+        )
+    return frames
+
+
 def _spread(serving: Serving, frames: int) -> int:
     """Vision rows of a group, each with one temporal patch of one of its prompts."""
     mesh = serving.mesh
@@ -260,10 +295,7 @@ def _spread(serving: Serving, frames: int) -> int:
 
 def _video(serving: Serving, frames: int) -> Work:
     patches = FRAME_TOKENS * serving.model.vision.spatial_merge_size**2
-    vision = serving.model.vision
-    window = vision.window_size // vision.patch_size if vision.window_size else 0
-    count = serving.rows * frames
-    return Work(patches=count * patches, frame_pairs=count * patches**2, window_pairs=count * patches * window**2)
+    return Work.of_frames(serving.model.vision, {patches: serving.rows * frames * patches})
 
 
 def _flops(serving: Serving, context: int, frames: int, phase: Phase) -> int:
@@ -278,5 +310,6 @@ def _flops(serving: Serving, context: int, frames: int, phase: Phase) -> int:
 
 
 def contexts_of(model: QwenVLConfig, asked: Sequence[int] = ()) -> tuple[int, ...]:
-    """The contexts to plan: those asked for, else of `CONTEXTS` those that the model reads."""
-    return tuple(asked) or tuple(n for n in CONTEXTS if n <= model.text.max_position_embeddings)
+    """The contexts to plan: those asked for, else of `CONTEXTS` those that the model reads, or the longest it does."""
+    reach = model.text.max_position_embeddings
+    return tuple(asked) or tuple(n for n in CONTEXTS if n <= reach) or (reach // LENGTH_STEP * LENGTH_STEP,)

@@ -206,5 +206,6 @@ def ranking(plans: Sequence[Plan]) -> str:
         total = gib(plan.memory.total) if plan.memory.total is not None else "unknown"
         fits = "yes" if plan.memory.fits else "no"
         lines.append(f"  {plan.ranked_seconds:>14.3g} s {total:>12} {fits:>6}   {plan.layout.arguments()}")
-    lines.append("  bounds are those of compute, HBM and ICI, with what rematerialization makes again")
+    dcn = " and DCN" if best.cell.topology.slices > 1 else ""
+    lines.append(f"  bounds are those of compute, HBM, ICI{dcn}, with what rematerialization makes again")
     return "\n".join(lines)

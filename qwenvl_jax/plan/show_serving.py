@@ -7,11 +7,13 @@ from qwenvl_jax.parallel.mesh import AXES
 from qwenvl_jax.plan.bounds import USABLE
 from qwenvl_jax.plan.compiling import check_libtpu
 from qwenvl_jax.plan.serving import (
+    CONTEXTS,
     FRAME_TOKENS,
     TEXT_TOKENS,
     Answering,
     Serving,
     contexts_of,
+    frames_of,
     make_answering,
     read_serving,
 )
@@ -46,10 +48,15 @@ def serve_command(
     """
     check_libtpu()
     serving = read_serving(source, overrides, topology=topology, model=model, rows=rows)
-    found = []
+    asked, found = contexts_of(serving.model, contexts), []
+    for context in asked:
+        frames_of(serving, context)  # mistakes are told before anything is compiled
+    if left := [n for n in CONTEXTS if not contexts and n not in asked]:
+        reach = serving.model.text.max_position_embeddings
+        say(f"left out: {', '.join(f'{n:,}' for n in left)} tokens, more than the {reach:,} that {serving.name} reads")
     if not as_json:
         print("\n".join(_head(serving)), flush=True)
-    for context in contexts_of(serving.model, contexts):
+    for context in asked:
         say(f"{context:,} tokens: compiling for {topology}, which takes minutes ...")
         found.append(make_answering(serving, context, quick=quick))
         if not as_json:

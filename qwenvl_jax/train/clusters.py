@@ -58,6 +58,7 @@ def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     if not _in_a_pod(environment):
         return {}
     if "JOB_COMPLETION_INDEX" not in environment:
+        _check_address(environment)
         return None  # a pod by itself
     if importlib.util.find_spec("kubernetes") is None:
         raise ConfigError(
@@ -73,17 +74,22 @@ def check_alone(environment: Mapping[str, str]) -> None:
     Raises:
       ConfigError: it is on one of several hosts of a TPU slice, or was told where process 0 is.
     """
-    if environment.get(ADDRESS):
-        raise ConfigError(
-            f"{ADDRESS} is set, but {COUNT} and {INDEX} not; a run of several processes needs all three where no "
-            "cluster says who is who."
-        )
+    _check_address(environment)
     for name in _TPU_HOSTS:
         if "," in environment.get(name, ""):
             raise ConfigError(
                 f"{name}={environment[name]} names several hosts of a TPU slice, but JAX finds no TPU on this one; "
                 "pip install 'qwenvl_jax[tpu]', and give the pod its chips (google.com/tpu)."
             )
+
+
+def _check_address(environment: Mapping[str, str]) -> None:
+    """Refuses a process that nothing tells of others but where process 0 is."""
+    if environment.get(ADDRESS):
+        raise ConfigError(
+            f"{ADDRESS} is set, but {COUNT} and {INDEX} not; a run of several processes needs all three where no "
+            "cluster says who is who."
+        )
 
 
 def _ours(given: Mapping[str, str]) -> dict[str, Any]:
@@ -122,6 +128,7 @@ def _of_slurm(environment: Mapping[str, str]) -> bool:
 
 def _slurm(environment: Mapping[str, str]) -> dict[str, Any] | None:
     if _number("SLURM_NTASKS", environment) == 1:
+        _check_address(environment)
         return None
     devices = {} if environment.get("JAX_LOCAL_DEVICE_IDS") else {"local_device_ids": slurm_devices(environment)}
     return {"cluster_detection_method": "slurm"} | devices

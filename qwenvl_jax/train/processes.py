@@ -41,11 +41,12 @@ def join() -> None:
     """Joins the other processes of a run, where the environment says that there are some; see `clusters`.
 
     `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say so, or a cluster that JAX knows (TPU pods,
-    Slurm, Open MPI, Kubernetes: see `jax.distributed.initialize`). To be called before JAX looks for devices; a program
-    that used JAX before has joined or not.
+    Slurm, Open MPI, Kubernetes: see `jax.distributed.initialize`). To be called before JAX looks for devices; in a
+    program that used JAX before no cluster is looked for.
 
     Raises:
-      ConfigError: variables that are missing or no numbers, or one of several processes that cannot find the others.
+      ConfigError: variables that are missing or no numbers, one of several processes that cannot find the others, or by
+        its variables one of several that used JAX before.
 
     Where others do not come, JAX ends this process by SIGABRT, so that whoever started it may try again.
     """
@@ -55,9 +56,17 @@ def join() -> None:
     if in_use and not any(os.environ.get(name) for name in (clusters.COUNT, clusters.INDEX)):
         return
     arguments = clusters.arguments(os.environ)  # what was given by hand is looked at in any case
+    if in_use and arguments and arguments.get("num_processes", 1) > 1:
+        raise ConfigError(
+            f"{clusters.COUNT}={arguments['num_processes']} says that this is one of several processes, but JAX was "
+            "used here before it could join the others, and the run would go on alone; start the run before anything "
+            "else uses JAX, or unset the variable."
+        )
     if arguments is None or in_use:
         return
     if _initialize(arguments):
+        # At once: JAX listens to SIGTERM from here on and would keep it to itself.
+        _end_by_sigterm()
         # CPUs, unlike a TPU or a GPU, run programs at once that were handed over one after the other; exchanges of two
         # (a step and a save, say) then meet those of another process in any order, and Gloo ends both.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -65,7 +74,6 @@ def join() -> None:
             # Read back from the cache, a program of CPUs has lost the order of its exchanges (jaxlib 0.10.2), and those
             # of two processes meet in any order.
             jax.config.update("jax_enable_compilation_cache", False)
-        _end_by_sigterm()
     else:
         clusters.check_alone(os.environ)
 

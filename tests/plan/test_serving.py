@@ -1,5 +1,6 @@
 """Plans of answers: what is compiled is what `generate` runs, what follows from it, and mistakes."""
 
+import dataclasses
 import json
 
 import jax
@@ -21,7 +22,15 @@ from qwenvl_jax.plan import serving as plans
 from qwenvl_jax.plan import show_serving
 from qwenvl_jax.plan.compiling import Compiled, ServeRequest
 from qwenvl_jax.plan.programs import traced_answer
-from qwenvl_jax.plan.serving import Answering, make_answering, make_serving, prompt_bounds, read_serving, token_bounds
+from qwenvl_jax.plan.serving import (
+    Answering,
+    contexts_of,
+    make_answering,
+    make_serving,
+    prompt_bounds,
+    read_serving,
+    token_bounds,
+)
 from qwenvl_jax.plan.topology import Topology
 from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train import program
@@ -128,6 +137,10 @@ def test_bounds():
     state = {"decoder": GIB, "experts": 8 * GIB, "others": GIB, "cache": GIB, "batch": 0}
     experts = answering("qwen3_vl_30b_a3b", token=compiled(state=state))
     assert token_bounds(experts)["hbm"] == (2 * GIB + 8 * GIB * 8 // 128) / 819e9
+    # What devices hold parts of is read whole by each.
+    mesh = MeshConfig(fsdp=8, rules="fsdp_tensor")
+    split = dataclasses.replace(experts, serving=dataclasses.replace(experts.serving, mesh=mesh))
+    assert token_bounds(split)["hbm"] == (8 * GIB + GIB + 8 * 8 * GIB * 8 // 128) / 819e9
 
 
 def test_facts_and_table():
@@ -201,6 +214,9 @@ def test_of_a_prompt_one_token_has_logits(monkeypatch):
         (["qwen3_vl_8b", "--topology", "v5e:2x4", "--context", "1000"], ["1000", "multiple of 128"]),
         (["qwen3_vl_8b", "--topology", "v5e:2x4", "--context", "1048576"], ["1048576", "262144"]),
         (["qwen3_vl_8b", "--topology", "v5e:2x4", "--search", "3"], ["--search"]),
+        (["qwen3_vl_8b", "--topology", "v5e:2x4", "--context", "8192", "1000"], ["1000", "multiple of 128"]),
+        (["qwen3_vl_8b", "--topology", "v5e:2x4", "--rows", "-8"], ["--rows -8", "at least 1"]),
+        (["qwen3_vl_8b", "--topology", "v5e:2x4", "--model", "qwen3_vl_2b"], ["qwen3_vl_8b", "qwen3_vl_2b", "two"]),
     ],
 )
 def test_mistakes_are_told_before_anything_is_compiled(arguments, words, capsys, monkeypatch):
@@ -220,8 +236,35 @@ def test_a_config_or_its_replacement_names_the_model():
     assert read_serving("configs/pretrain/s1.py", [], topology=topology, model="qwen3_vl_4b").name == "qwen3_vl_4b"
     given = read_serving("qwen3_vl_4b", ["--mesh.data", "2", "--mesh.tensor", "4"], topology=topology)
     assert (given.mesh.data, given.mesh.fsdp, given.mesh.tensor, given.rows) == (2, 1, 4, 2)
+    assert given.mesh.rules == "replicated"
     with pytest.raises(ConfigError, match="a multiple of 128 from 640"):
         make_answering(given, 100)
+
+
+def test_a_mesh_by_hand_has_shares_for_the_devices_that_are_left():
+    def sizes(*overrides):
+        mesh = read_serving("qwen3_vl_4b", overrides, topology="v5e:4x4").mesh
+        return mesh.data, mesh.fsdp, mesh.tensor, mesh.rules
+
+    assert sizes("--mesh.tensor", "4") == (4, 1, 4, "replicated")
+    assert sizes("--mesh.fsdp", "8", "--mesh.rules", "fsdp_tensor") == (2, 8, 1, "fsdp_tensor")
+    with pytest.raises(ConfigError, match="has 4 devices, but v5e:4x4 has 16"):
+        sizes("--mesh.data", "1", "--mesh.tensor", "4")
+
+
+def test_contexts():
+    """Those that a model reads, or the longest; what is left out of the usual ones is said."""
+    assert contexts_of(PRESETS["qwen3_vl_8b"]) == (8192, 32_768, 262_144)
+    assert contexts_of(PRESETS["qwen2_vl_2b"]) == (8192, 32_768)
+    text = dataclasses.replace(PRESETS["qwen3_vl_2b"].text, max_position_embeddings=1100)
+    assert contexts_of(dataclasses.replace(PRESETS["qwen3_vl_2b"], text=text)) == (1024,)
+
+
+def test_usual_contexts_that_are_left_out_are_said(capsys, monkeypatch):
+    monkeypatch.setattr(show_serving, "check_libtpu", lambda: None)
+    monkeypatch.setattr(show_serving, "make_answering", lambda serving, context, quick: answering())
+    assert cli.main(["plan", "qwen2_vl_2b", "--serve", "--topology", "v5e:2x2"]) == 0
+    assert "left out: 262,144 tokens, more than the 32,768 that qwen2_vl_2b reads" in capsys.readouterr().err
 
 
 @needs_libtpu

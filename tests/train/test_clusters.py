@@ -73,6 +73,9 @@ def test_what_jax_is_told(environment, found):
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 says that mpirun started several processes"),
         ({"PMI_SIZE": "2"}, "PMI_SIZE=2 says that mpiexec started several"),
         ({"WORLD_SIZE": "8"}, "unset WORLD_SIZE to train in this process alone"),
+        # Where process 0 is, and nothing else: each pod or task would train the whole run.
+        (POD | {"JAX_COORDINATOR_ADDRESS": "a:1"}, "but JAX_NUM_PROCESSES and JAX_PROCESS_ID not"),
+        (TASK | {"SLURM_NTASKS": "1", "JAX_COORDINATOR_ADDRESS": "a:1"}, "a run of several processes needs all three"),
         (POD | {"JOB_COMPLETION_INDEX": "1"}, "this is pod 1 of an indexed Job.*pip install kubernetes"),
     ],
 )
@@ -137,6 +140,13 @@ def test_an_address_and_no_more():
 def test_a_program_that_used_jax_before_is_left_alone():
     done = _joined("import jax\njax.devices()\njoin()\nprint('alone')", SLURM_JOB_ID="7", SLURM_NTASKS="2")
     assert (done.returncode, done.stdout) == (0, "alone\n"), done.stderr
+
+
+@pytest.mark.parametrize(("count", "told"), [("2", "JAX was used here before it could join"), ("1", "")])
+def test_a_program_that_used_jax_before_is_one_of_several(count, told):
+    several = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": "0"}
+    done = _joined("import jax\njax.devices()\njoin()", **several)
+    assert told in done.stderr and (done.returncode == 0) == (not told), done.stderr
 
 
 def test_sigterm_ends_a_process_that_joined():
