@@ -1,5 +1,6 @@
 """Checkpoints of a run: whole or not there, and only of the run that wrote them."""
 
+import logging
 import os
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwenvl_jax.checkpoint.store import CheckpointStore, abstract_like
+from qwenvl_jax.checkpoint.store import CheckpointStore, _no_array_of_a_save, _without_traceback, abstract_like
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.parallel.mesh import make_mesh
 
@@ -176,3 +177,24 @@ def test_damage_is_told_and_half_written_ones_are_passed_over(tmp_path):
         pytest.raises(CheckpointError, match="remove that folder to continue from the one before"),
     ):
         store.progress()
+
+
+def record(name: str, text: str, error: Exception) -> logging.LogRecord:
+    """What is logged of an error that another raised."""
+    try:
+        raise RuntimeError("one array of several") from error
+    except RuntimeError as raised:
+        found = (RuntimeError, raised, raised.__traceback__)
+    return logging.LogRecord(name, logging.ERROR, "file.py", 1, text, (), found)
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"), [(OSError("[Errno 28] No space left on device"), True), (ValueError("a mistake"), False)]
+)
+def test_of_logs_only_what_tells_of_a_refused_save_is_cut(error, refused):
+    """What else the process logs, through absl or of futures, keeps its traceback."""
+    one = record("absl", "a thread failed", error)
+    assert _without_traceback(one) and (one.exc_info is None) == refused
+    one = record("asyncio", "Future exception was never retrieved", error)
+    assert _no_array_of_a_save(one) == (not refused)
+    assert _no_array_of_a_save(record("asyncio", "another message", error))

@@ -84,6 +84,19 @@ def test_frames_between_two_powers_of_two_share_a_bucket_as_long_as_the_longest(
     assert choose_vision_shape([[48] * 384]) == ((384, 48),)
 
 
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_rows_of_a_chosen_shape_are_a_multiple(multiple):
+    """For devices that share them; vision tokens read the same patches."""
+    sample = make_sample(0, [(1, 4, 4), (1, 4, 8), (1, 4, 4), (1, 8, 12)])
+    batch = collate([[sample]], pixel_table=TABLE, pad_token_id=PAD, vision_multiple=multiple)
+    rows = [one.patches.shape[1] for one in batch.vision]
+    assert all(n % multiple == 0 for n in rows) and len(rows) > 1
+    held = np.concatenate([one.patches.reshape(-1, 4, PATCH_DIM) for one in batch.vision])
+    index = batch.vision_index[batch.vision_index >= 0]
+    wanted = np.concatenate([medium.patches for medium in sample.media]).reshape(-1, 4, PATCH_DIM)
+    np.testing.assert_array_equal(held[index], wanted)
+
+
 def test_the_planner_and_the_collator_agree_on_what_fits():
     rng = np.random.default_rng(3)
     fitting = 0
