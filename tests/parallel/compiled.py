@@ -1,7 +1,9 @@
 """A training step compiled for devices that need not be there, and what its program moves between them."""
 
+import concurrent.futures
 import dataclasses
 import math
+import multiprocessing
 import os
 import re
 
@@ -12,6 +14,7 @@ from jax.sharding import Mesh
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.flops import Work
+from qwenvl_jax.parallel.mesh import make_mesh
 from qwenvl_jax.parallel.placement import Execution
 from qwenvl_jax.parallel.rules import BATCH_AXES, make_rules
 from qwenvl_jax.plan.assumed import Assumed
@@ -27,14 +30,54 @@ _COLLECTIVE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{_KINDS})(-start)?\((?P<r
 _SHAPE = re.compile(r"[a-z]+\d*\[([\d,]*)\]")
 
 
-def tpu_devices(topology: str):
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A step that was compiled to the end: its program, if it can be read, and bytes of a device."""
+
+    text: str
+    temporaries: int
+    code: int
+
+
+def whole_on_slice(
+    config: QwenVLConfig, topology: str, sizes: dict[str, int], *, read: bool = False, **settings
+) -> Whole:
+    """The step of a stage, code and all, for a mesh of these sizes on a TPU slice; settings as of `trace_step`."""
+    return _apart(_whole, config, topology, sizes, read, settings)
+
+
+def _whole(config: QwenVLConfig, topology: str, sizes: dict[str, int], read: bool, settings: dict) -> Whole:
+    program = compile_step(config, make_mesh(_tpu_devices(topology), **sizes), **settings)
+    held = program.memory_analysis()
+    text = program.as_text() if read else ""
+    return Whole(text, held.temp_size_in_bytes, held.generated_code_size_in_bytes)
+
+
+def slices_along(topology: str, count: int, axis: int, sizes: dict[str, int]) -> list[int]:
+    """Of how many of `count` slices the devices in each `count`-th part of a mesh along an axis are."""
+    return _apart(_slices_along, topology, count, axis, sizes)
+
+
+def _slices_along(topology: str, count: int, axis: int, sizes: dict[str, int]) -> list[int]:
+    mesh = make_mesh(_tpu_devices(topology, num_slices=count), **sizes)
+    parts = np.split(mesh.devices, count, axis=axis)
+    return [len({device.slice_index for device in part.flat}) for part in parts]
+
+
+def _apart(function, *arguments):
+    """What a function gives in a process of its own: where libtpu was loaded, JAX's profiler ends a process of CPUs."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _tpu_devices(topology: str, **settings):
     """The devices of a TPU slice, for compiling."""
     from jax.experimental import topologies
 
     # libtpu looks for a TPU that it runs on unless it is told about one.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="x")
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings).devices
 
 
 def compile_step(config: QwenVLConfig, mesh: Mesh, **settings):

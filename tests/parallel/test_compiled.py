@@ -11,7 +11,7 @@ import pytest
 from qwenvl_jax.parallel.mesh import make_mesh
 from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train.config import StageConfig
-from tests.parallel.compiled import collectives, compile_step, step_on_slice, tpu_devices, trace_step
+from tests.parallel.compiled import collectives, compile_step, slices_along, step_on_slice, trace_step, whole_on_slice
 from tests.parallel.meshed import even_config
 from tools.golden_plans import small_model
 
@@ -83,8 +83,9 @@ def test_no_device_sees_the_features_of_another_group(sizes):
 @needs_libtpu
 @pytest.mark.slow
 def test_no_device_of_a_tpu_slice_sees_the_features_of_another_group():
-    mesh = make_mesh(tpu_devices("v5e:2x4"), fsdp=4, tensor=2)
-    text = compile_step(narrow("qwen3_vl_2b"), mesh, length=512, vision=VISION).as_text()
+    sizes = {"fsdp": 4, "tensor": 2}
+    mesh = make_mesh(jax.devices()[:8], **sizes)
+    text = whole_on_slice(narrow("qwen3_vl_2b"), "v5e:2x4", sizes, read=True, length=512, vision=VISION).text
     assert len(collectives(text)) > 10
     assert list(across_groups(text, mesh, FEATURES)) == []
 
@@ -113,9 +114,8 @@ def test_temporaries_do_not_grow_with_the_slice():
 )
 def test_every_generation_compiles_for_tpus(name, sizes, settings):
     """With the Pallas kernel, which CPU programs do not have, and experts' ragged exchange."""
-    mesh = make_mesh(tpu_devices("v5p:2x2x2"), **sizes)
-    memory = compile_step(narrow(name), mesh, **settings).memory_analysis()
-    assert 0 < memory.temp_size_in_bytes < 2 * 2**30 and memory.generated_code_size_in_bytes > 0
+    found = whole_on_slice(narrow(name), "v5p:2x2x2", sizes, **settings)
+    assert 0 < found.temporaries < 2 * 2**30 and found.code > 0
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}, {"fsdp": 2, "context": 2}])
@@ -158,14 +158,8 @@ def test_activations_are_kept_in_the_host_s_memory():
 @needs_libtpu
 @pytest.mark.slow
 def test_slices_are_laid_out_with_the_slow_network_outermost():
-    from jax.experimental import topologies
-
-    tpu_devices("v5e:2x4")
-    two = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
-    mesh = make_mesh(two, data=2, fsdp=4, tensor=2)
-    assert [len({device.slice_index for device in part.flat}) for part in mesh.devices] == [1, 1]
-    mesh = make_mesh(two, fsdp=8, tensor=2)
-    assert [len({device.slice_index for device in part.flat}) for part in np.split(mesh.devices, 2, axis=1)] == [1, 1]
+    assert slices_along("v5e:2x4", 2, 0, {"data": 2, "fsdp": 4, "tensor": 2}) == [1, 1]
+    assert slices_along("v5e:2x4", 2, 1, {"fsdp": 8, "tensor": 2}) == [1, 1]
 
 
 @needs_libtpu
