@@ -130,7 +130,7 @@ def test_what_cudnn_is_asked_for(monkeypatch, T, causal, span, mask_bytes):
             return jnp.sum(y.astype(jnp.float32) ** 2), y
 
         with jax.numpy_dtype_promotion("standard"):  # as JAX's own attention wants
-            (_, y), gradients = jax.value_and_grad(summed, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+            (_, y), gradients = jax.jit(jax.value_and_grad(summed, argnums=(0, 1, 2), has_aux=True))(q, k, v)
         return y, *gradients
 
     for got, wanted in zip(outcome(jnp.bfloat16, True), outcome(jnp.float32, False), strict=True):
