@@ -33,7 +33,7 @@ from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.flops import Work, peak_flops, step_flops
 from qwenvl_jax.parallel.placement import Backend, Execution, Remat, shard_batch
 from qwenvl_jax.presets import PRESETS
-from qwenvl_jax.train.config import DataConfig
+from qwenvl_jax.train.config import DataConfig, TrainConfig
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.devices import mesh_of
 from qwenvl_jax.train.program import begun_state, state_shardings, trace_step
@@ -86,8 +86,8 @@ def main() -> None:
                 break
 
 
-def timed(options: argparse.Namespace, attention: str, remat: str | None) -> dict[str, Any]:
-    """Compiles the step of a stage and times it; what is found, by name."""
+def stage_of(options: argparse.Namespace, attention: str, remat: str | None) -> tuple[TrainConfig, Batch]:
+    """A run of the one stage of a config, as the options change it, and a batch of it."""
     config, _ = load_config_file(options.config)
     if len(config.stages) != 1:
         raise SystemExit(f"{options.config} has {len(config.stages)} stages; give a config of one.")
@@ -95,9 +95,8 @@ def timed(options: argparse.Namespace, attention: str, remat: str | None) -> dic
     model = PRESETS[options.model]
     if options.layers:
         model = dataclasses.replace(model, text=dataclasses.replace(model.text, num_hidden_layers=options.layers))
-    mesh, rules = mesh_of(config)
     # Rows and groups are divided among shares of the mesh and microbatches.
-    groups = Execution(mesh, rules).split("batch") * options.microbatches
+    groups = Execution(*mesh_of(config)).split("batch") * options.microbatches
     if options.rows % groups:
         raise SystemExit(f"--rows {options.rows} must be a multiple of {groups}, devices * --microbatches.")
     batch = made_batch(
@@ -118,7 +117,15 @@ def timed(options: argparse.Namespace, attention: str, remat: str | None) -> dic
         microbatches=options.microbatches,
         data=DataConfig(),
     )
-    config = dataclasses.replace(config, model=model, stages=(stage,))
+    return dataclasses.replace(config, model=model, stages=(stage,)), batch
+
+
+def timed(options: argparse.Namespace, attention: str, remat: str | None) -> dict[str, Any]:
+    """Compiles the step of a stage and times it; what is found, by name."""
+    config, batch = stage_of(options, attention, remat)
+    (stage,), model = config.stages, config.model
+    assert isinstance(model, QwenVLConfig)  # as `stage_of` has it
+    mesh, rules = mesh_of(config)
     parts = ModelParts(model, dtype=config.dtype, param_dtype=config.param_dtype, mesh=mesh, rules=rules)
     params = parts.random(0)
     learning = {name: params.pop(name) for name in parts.select(stage.trainable)}
