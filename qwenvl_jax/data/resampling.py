@@ -11,25 +11,18 @@ numba is imported with this module, by the first resize.
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import extending
 from numba.core import cgutils, types
+
+from qwenvl_jax.data.compiled import kept
 
 STRIP = 32  # rows turned at a time, so that what is summed stays in the nearest cache; and bytes summed at a time
 SIDE = 16  # of the blocks that are turned, in bytes
 
 _intrinsic: Any = extending.intrinsic  # what it makes is called without the first argument
 _BYTE, _SHORT, _INT, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-
-
-def _jit(function):
-    """Compiled at first use and then kept on disk; without, if neither package nor the user's cache can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
 
 
 def _picked(places) -> ir.Constant:
@@ -145,7 +138,7 @@ def _weigh_pairs(context, source, stride, count, weights, bits, target):
     return _weigher(paired=True)
 
 
-@_jit
+@kept
 def horizontal(image, first, count, weights, bits, out):
     """Sums along the rows of a picture.
 
@@ -203,7 +196,7 @@ def horizontal(image, first, count, weights, bits, out):
                             flat_out[y + row, x + column] = edge[row, column]
 
 
-@_jit
+@kept
 def vertical(image, first, count, weights, bits, out):
     """Sums along the columns of a picture.
 
