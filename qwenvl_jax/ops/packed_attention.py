@@ -15,6 +15,13 @@ from qwenvl_jax.ops.attention import attention
 _SAMPLE_SLOTS, _FRAME_SLOTS, _FEW = 512, 256, 16
 _SUMS_BYTES = 2**30  # and at most these bytes
 
+# For the gradients the kernel takes 4 bytes for each value of the queries and each segment that a row may have, as if
+# all were as long as the row; programs compiled without a GPU tell nothing of it. On an H200 rows [2, 8192, 16, 128]
+# took 8 GiB less with room for 17 than for 65, and of the 195 GiB that a step of 262,144 tokens wanted 128 were this,
+# with room for 64. So it is bounded, and rows are handed over in parts.
+_WORK_BYTES = 2**34
+_PLACES = 2**31 - 1  # what is told of values' places is 32 bits wide
+
 
 def cudnn_attention(q_BTNE, k_BTKE, v_BTKE, segments_BT, *, causal: bool, packed: bool, span: int | None = None):
     """Self-attention within segments by cuDNN; see `qwenvl_jax.ops.attention.attention`.
@@ -45,10 +52,16 @@ def cudnn_attention(q_BTNE, k_BTKE, v_BTKE, segments_BT, *, causal: bool, packed
 
 def most_segments(B: int, T: int, N: int, E: int, *, causal: bool) -> int:
     """How many segments a row may have, its padding included, for the kernel to take it; fewer than 2: none."""
-    if B * (T + 1) * N * E >= 2**31:  # places of values are told in 32 bits
+    if (T + 1) * N * E > _PLACES:
         return 0
     slots = _SAMPLE_SLOTS if causal else _FRAME_SLOTS
-    return min(max(-(-T // slots), _FEW) + 1, _SUMS_BYTES // (4 * B * N * T))
+    return min(max(-(-T // slots), _FEW) + 1, _SUMS_BYTES // (4 * B * N * T), _WORK_BYTES // (4 * T * N * E))
+
+
+def rows_at_once(B: int, T: int, N: int, E: int, *, most: int) -> int:
+    """How many rows the kernel is handed at a time: the most that divide B and leave it little enough to work on."""
+    fitting = min(_WORK_BYTES // (4 * most * T * N * E), _PLACES // ((T + 1) * N * E))
+    return max(rows for rows in range(1, B + 1) if B % rows == 0 and rows <= max(1, fitting))
 
 
 def starts_of(segments_BT):
@@ -68,14 +81,17 @@ def packed_attention(q_BTNE, k_BTKE, v_BTKE, starts_BT, *, causal: bool, most: i
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    N, E = q_BTNE.shape[2:]
-    if q_BTNE.shape[1] % 2:
+    B, T, N, E = q_BTNE.shape
+    if T % 2:
         # JAX wants even numbers for gradients. What fills up a row is a run of its own.
         more = [(0, 0), (0, 1), (0, 0), (0, 0)]
         q, k, v = (jnp.pad(x, more) for x in (q_BTNE, k_BTKE, v_BTKE))
         starts_BT = jnp.pad(starts_BT, more[:2], constant_values=True)
         return packed_attention(q, k, v, starts_BT, causal=causal, most=most + 1)[:, :-1]
-    T = q_BTNE.shape[1]
+    if (rows := rows_at_once(B, T, N, E, most=most)) < B:
+        parts = (x.reshape(B // rows, rows, *x.shape[1:]) for x in (q_BTNE, k_BTKE, v_BTKE, starts_BT))
+        found = jax.lax.map(lambda part: packed_attention(*part, causal=causal, most=most), tuple(parts))
+        return found.reshape(q_BTNE.shape)
     # The kernel is told the same places of queries and keys, in values and not in slots: both have as many heads then.
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k_BTKE, v_BTKE))
 

@@ -10,7 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from qwenvl_jax.ops import packed_attention as module
 from qwenvl_jax.ops.attention import attention
-from qwenvl_jax.ops.packed_attention import cudnn_attention, most_segments, starts_of
+from qwenvl_jax.ops.packed_attention import cudnn_attention, most_segments, rows_at_once, starts_of
 from tests.ops.test_attention import through_xla
 
 
@@ -91,12 +91,48 @@ def test_packed_rows_give_what_plain_attention_gives(told, kind, causal):
 
 def test_which_rows_have_room():
     assert most_segments(1, 8192, 32, 128, causal=True) == 17
-    assert most_segments(1, 32_768, 32, 128, causal=True) == 65
+    assert most_segments(1, 32_768, 16, 128, causal=True) == 64
     assert most_segments(64, 4096, 16, 72, causal=False) == 17
-    # Rows so long that sums of each segment would take more than a GiB.
-    assert most_segments(1, 262_144, 16, 128, causal=True) == 64
+    # Sums of each segment would take more than a GiB.
+    assert most_segments(512, 4096, 16, 72, causal=False) == 8
+    # Rows so long that 2 GiB are taken for each segment.
+    assert most_segments(1, 262_144, 16, 128, causal=True) == 8
     # More values than 32 bits tell apart.
-    assert most_segments(4, 262_144, 32, 128, causal=True) == 0
+    assert most_segments(1, 262_144, 64, 128, causal=True) == 0
+
+
+def test_how_many_rows_are_handed_over_at_a_time():
+    def work(rows, T, N, E, most):
+        return 4 * rows * most * T * N * E
+
+    for B, T, N, E, most, wanted in (
+        (2, 8192, 32, 128, 17, 2),
+        (1, 262_144, 16, 128, 8, 1),
+        (64, 4096, 16, 72, 17, 32),
+        (7, 262_144, 16, 128, 3, 1),  # nothing but 1 divides 7
+        (8, 131_072, 32, 128, 2, 2),  # 32 bits tell the places of 3 rows
+    ):
+        assert rows_at_once(B, T, N, E, most=most) == wanted
+        assert work(wanted, T, N, E, most) <= 2**34 and wanted * (T + 1) * N * E < 2**31
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_handed_over_in_parts_give_the_same(told, monkeypatch, causal):
+    segments = jnp.asarray([[1] * n + [2] * (32 - n) for n in (1, 7, 12, 20, 25, 32)], jnp.int32)
+    q, k, v = (random((6, 32, n, 8), n) for n in (4, 2, 2))
+
+    def found():
+        told.clear()
+        attend = lambda *x: cudnn_attention(*x, segments, causal=causal, packed=True)  # noqa: E731
+        return outcome(q, k, v, segments, causal, attend), told[0].q.shape[0]
+
+    whole, rows = found()
+    assert rows == 6
+    monkeypatch.setattr(module, "_WORK_BYTES", 2 * 4 * 17 * 32 * 4 * 8)
+    parts, rows = found()
+    assert rows == 2
+    for got, wanted in zip(parts, whole, strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_the_device_chooses_by_what_is_in_the_rows(told):
