@@ -29,6 +29,7 @@ FIND_312 = found=; for candidate in $(or $(PYTHON312),python3.12 $(wildcard $(HO
 	fi
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 JOBS ?= 2
+CHECK_JOBS ?= 3
 
 demo: .venv/.installed
 	$(BIN)/qwenvl-jax demo
@@ -36,14 +37,14 @@ demo: .venv/.installed
 test: .venv/.installed-test lint
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup
 
-# What is compared with the reference is compiled as users compile it; the rest as by `make test`, without LLVM's
-# optimizations, which take longer than they save, see tests/conftest.py.
+# What is compared with the reference is compiled as users compile it; the rest as by `make test`, see tests/compiling.py.
+# Of the rest, tests of several processes wait for one another: three at a time on two cores.
 COMPARED := tests/parity tests/models tests/ops
 OPTIMIZED := XLA_FLAGS=--xla_backend_optimization_level=3
 
 check: .venv/.installed-tpu lint
 	$(OPTIMIZED) $(BIN)/python -m pytest $(COMPARED) -n $(JOBS) --dist loadgroup
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(COMPARED)) -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(COMPARED)) -n $(CHECK_JOBS) --dist loadgroup
 	@$(MAKE) --no-print-directory check-312
 
 # Python 3.12 and the newest JAX within the bounds, without the reference: torch may be a build of several GB there; and

@@ -1,21 +1,24 @@
 """How the tests run: on the CPU, seen as eight devices, with JAX strict about dtypes and ranks.
 
-Programs are compiled without LLVM's optimizations, which take longer than running them a few times saves; `make check`
-compiles what it compares with the reference as users do.
+Programs are compiled quickly, see `tests.compiling`; those that `make check` compares with the reference, as users do.
 """
 
 import os
 
+from tests import compiling
+
 # Before JAX is imported, here and in the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-for _flag, _value in (
-    ("xla_force_host_platform_device_count", 8),
-    ("xla_backend_optimization_level", 0),
+_WANTED = {
+    "xla_force_host_platform_device_count": "8",
     # Eight devices on few cores wait for one another; XLA ends the process after 40 seconds otherwise.
-    ("xla_cpu_collective_call_terminate_timeout_seconds", 600),
-):
-    if _flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
+    "xla_cpu_collective_call_terminate_timeout_seconds": "600",
+}
+_GIVEN = os.environ.get("XLA_FLAGS", "")
+if "xla_backend_optimization_level" not in _GIVEN:
+    _WANTED |= compiling.QUICKLY
+_MISSING = {flag: value for flag, value in _WANTED.items() if flag not in _GIVEN}
+os.environ["XLA_FLAGS"] = f"{_GIVEN} {compiling.flags(_MISSING)}".strip()
 # A name that looks like a hub id must fail at once, not after a wait for a hub that no test needs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

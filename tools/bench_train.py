@@ -8,6 +8,11 @@ are random, which costs what real ones do. FLOPs are those of `qwenvl_jax.flops`
 half only; nothing for padding nor for what rematerialization makes again.
 
     MFU = FLOPs of the step / (median seconds of a step * devices * peak bf16 FLOPs a second of a device)
+
+Where there is no GPU, `--compile-for h200` says what a step takes of one's memory:
+
+    JAX_PLATFORMS=cpu python -m tools.bench_train configs/pretrain/s3.py --rows 1 --samples 1 --vision 0.25 \\
+        --attention cudnn --remat full offload --compile-for h200
 """
 
 import argparse
@@ -31,13 +36,15 @@ from qwenvl_jax.batch import Batch, VisionRows
 from qwenvl_jax.config import QwenVLConfig, VisionConfig
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.flops import Work, peak_flops, step_flops
+from qwenvl_jax.ops.packed_attention import most_segments, rows_at_once, work_bytes
 from qwenvl_jax.parallel.placement import Backend, Execution, Remat, shard_batch
 from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train.config import DataConfig, TrainConfig
 from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.devices import mesh_of
-from qwenvl_jax.train.program import begun_state, state_shardings, trace_step
+from qwenvl_jax.train.program import abstract_batch, abstract_state, begun_state, state_shardings, trace_step
 from qwenvl_jax.train.state import ModelParts
+from tools.absent_gpu import GPUS, absent_gpu
 
 _GIB = 2**30
 # A row of patches holds an image or several, and is at least so long.
@@ -64,11 +71,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the decoder, for a slice of a model; default: all")
     parser.add_argument("--steps", type=int, default=5, help="timed; one goes before them; default: %(default)s")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N dearest operations of a step")
+    parser.add_argument(
+        "--compile-for", choices=list(GPUS), help="compile for one of these, which need not be here, and time nothing"
+    )
     parser.add_argument("--out", type=Path, help="a .jsonl file to which each result is added")
     options = parser.parse_args()
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}; {_versions()}; {time.strftime('%Y-%m-%d')}")
     for attention in options.attention:
         for remat in options.remat or [None]:
+            if options.compile_for:
+                print(held_line(options, attention, remat), flush=True)
+                continue
             try:
                 result = timed(options, attention, remat)
             except jax.errors.JaxRuntimeError as error:
@@ -183,6 +196,43 @@ def timed(options: argparse.Namespace, attention: str, remat: str | None) -> dic
         "loss": float(told.loss),
         "versions": _versions(),
     }
+
+
+def held_line(options: argparse.Namespace, attention: str, remat: str | None) -> str:
+    """What a step takes of the memory of a GPU that need not be here, for people."""
+    config, batch = stage_of(options, attention, remat)
+    (stage,), model = config.stages, config.model
+    assert isinstance(model, QwenVLConfig)  # as `stage_of` has it
+    mesh, rules = mesh_of(config, [absent_gpu(options.compile_for)])
+    parts = ModelParts(model, dtype=config.dtype, param_dtype=config.param_dtype, mesh=mesh, rules=rules)
+    shapes = abstract_batch(model, stage.batch, Execution(mesh, rules), classes=False)
+    held = trace_step(parts, stage, *abstract_state(parts, stage, 0), shapes).lower().compile().memory_analysis()
+    given, made, host = (
+        size / _GIB for size in (held.argument_size_in_bytes, held.temp_size_in_bytes, held.host_temp_size_in_bytes)
+    )
+    line = (
+        f"{options.model} {stage.name} {attention:>6} {stage.remat:>10} {batch.tokens.size:>7} tokens, "
+        f"{sum(map(math.prod, stage.batch.vision))} patches, one {GPUS[options.compile_for].name}: "
+        f"{given:.1f} GiB of state and batch + {made:.1f} of temporaries"
+    )
+    if attention == "cudnn":
+        microbatch = options.rows // options.microbatches
+        line += f" + up to {kernel_bytes(model, stage.batch, microbatch) / _GIB:.1f} that cuDNN works in"
+    return line + (f"; {host:.1f} GiB of the host" if host else "")
+
+
+def kernel_bytes(model: QwenVLConfig, shape: BatchShape, rows: int) -> int:
+    """What cuDNN's kernel of packed rows takes to work in, which the compiler does not tell: for the dearest rows."""
+    text, vision = model.text, model.vision
+    width = vision.hidden_size // vision.num_heads
+    kinds = [(rows, shape.length, text.num_attention_heads, text.head_dim, True)]
+    kinds += [(R, L, vision.num_heads, width, False) for R, L in shape.vision]
+    found = [0]
+    for B, T, N, E, causal in kinds:
+        most = most_segments(B, T, N, E, causal=causal)
+        if most >= 2:
+            found.append(work_bytes(rows_at_once(B, T, N, E, most=most), T, N, E, most=most))
+    return max(found)
 
 
 def print_dearest(folder: Path, count: int) -> None:

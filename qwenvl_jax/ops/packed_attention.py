@@ -55,13 +55,20 @@ def most_segments(B: int, T: int, N: int, E: int, *, causal: bool) -> int:
     if (T + 1) * N * E > _PLACES:
         return 0
     slots = _SAMPLE_SLOTS if causal else _FRAME_SLOTS
-    return min(max(-(-T // slots), _FEW) + 1, _SUMS_BYTES // (4 * B * N * T), _WORK_BYTES // (4 * T * N * E))
+    return min(
+        max(-(-T // slots), _FEW) + 1, _SUMS_BYTES // (4 * B * N * T), _WORK_BYTES // work_bytes(1, T, N, E, most=1)
+    )
 
 
 def rows_at_once(B: int, T: int, N: int, E: int, *, most: int) -> int:
     """How many rows the kernel is handed at a time: the most that divide B and leave it little enough to work on."""
-    fitting = min(_WORK_BYTES // (4 * most * T * N * E), _PLACES // ((T + 1) * N * E))
+    fitting = min(_WORK_BYTES // work_bytes(1, T, N, E, most=most), _PLACES // ((T + 1) * N * E))
     return max(rows for rows in range(1, B + 1) if B % rows == 0 and rows <= max(1, fitting))
+
+
+def work_bytes(B: int, T: int, N: int, E: int, *, most: int) -> int:
+    """Bytes that the kernel works in, to make the gradients of rows that it is handed at once."""
+    return 4 * B * most * T * N * E
 
 
 def starts_of(segments_BT):

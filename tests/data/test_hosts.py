@@ -14,6 +14,7 @@ import pytest
 from qwenvl_jax.data.pipeline import BatchLoader, batch_hash, batches
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import ConfigError
+from tests import compiling
 from tests.data.host import _sums, loader_of
 from tests.data.mixed import mixed_config, read_lines
 
@@ -102,7 +103,7 @@ def test_rows_that_do_not_divide_are_refused(mixed_folder):
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.flags(compiling.QUICKLY)}
     command = [sys.executable, "-m", "tests.data.host", str(folder), *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.data.long_run import EVERY
@@ -34,6 +33,7 @@ def test_memory_stays(tmp_path, clip, workers):
     for process in range(1 + workers):
         memory = [line["memory"][process] for line in lines]
         assert max(memory) <= 1.05 * memory[0], memory
-        # Batches on their way between processes are open files too, so how many differs from line to line.
+        # Batches on their way between processes are open files too, more or fewer from line to line: what is left open
+        # is seen where fewest are.
         files = [line["files"][process] for line in lines]
-        assert np.median(files[-6:]) <= np.median(files[:6]) + 8, files
+        assert min(files[-6:]) <= min(files[:6]) + 8, files

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import compiling
 from tests.golden.answers import FOLDER, STEPS, differences, frozen, our_answers, verdict
 from tests.golden.checkpoints import CONFIGS, conversations, tensor, write_checkpoint
 
@@ -72,7 +73,7 @@ def test_torch_is_not_needed(tmp_path):
         "assert not [name for name in sys.modules if name.partition('.')[0] in ('torch', 'transformers')\n"
         "            and sys.modules[name] is not None]\n"
     )
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": compiling.flags(compiling.QUICKLY)}
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True
     )

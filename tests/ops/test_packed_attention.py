@@ -10,7 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from qwenvl_jax.ops import packed_attention as module
 from qwenvl_jax.ops.attention import attention
-from qwenvl_jax.ops.packed_attention import cudnn_attention, most_segments, rows_at_once, starts_of
+from qwenvl_jax.ops.packed_attention import cudnn_attention, most_segments, rows_at_once, starts_of, work_bytes
 from tests.ops.test_attention import through_xla
 
 
@@ -102,9 +102,6 @@ def test_which_rows_have_room():
 
 
 def test_how_many_rows_are_handed_over_at_a_time():
-    def work(rows, T, N, E, most):
-        return 4 * rows * most * T * N * E
-
     for B, T, N, E, most, wanted in (
         (2, 8192, 32, 128, 17, 2),
         (1, 262_144, 16, 128, 8, 1),
@@ -113,7 +110,7 @@ def test_how_many_rows_are_handed_over_at_a_time():
         (8, 131_072, 32, 128, 2, 2),  # 32 bits tell the places of 3 rows
     ):
         assert rows_at_once(B, T, N, E, most=most) == wanted
-        assert work(wanted, T, N, E, most) <= 2**34 and wanted * (T + 1) * N * E < 2**31
+        assert work_bytes(wanted, T, N, E, most=most) <= 2**34 and wanted * (T + 1) * N * E < 2**31
 
 
 @pytest.mark.parametrize("causal", [True, False])

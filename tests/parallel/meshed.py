@@ -113,12 +113,10 @@ def outcome(parts: ModelParts, batch: Batch, **settings) -> Outcome:
     """The gradients of a batch, and the weights after a step of SGD at rate 1."""
     optimizer = OptimizerConfig(learning_rate=1.0, schedule="constant", clip_norm=0.0)
     stage = StageConfig(name="s", steps=1, loss="sqrt", loss_chunk=24, optimizer=optimizer, **settings)
-    params = {name: jax.device_put(value, parts.shardings[name]) for name, value in _drawn(parts.config).items()}
+    params = jax.device_put(_drawn(parts.config), parts.shardings)
     placed = shard_batch(batch, parts.mesh, parts.rules)
-    # SGD, whose state is the gradients that it was given.
-    rule = optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, _, __: (jax.tree.map(jnp.negative, g), g)
-    )
+    # SGD, whose state is the gradients that it was given; before the first step it is anything of their shapes.
+    rule = optax.GradientTransformation(lambda params: params, lambda g, _, __: (jax.tree.map(jnp.negative, g), g))
     state = TrainState(
         jnp.zeros((), jnp.int32), params, rule.init(params), jnp.zeros(2, jnp.uint32), GuardState.begun()
     )

@@ -10,6 +10,7 @@ from qwenvl_jax.config import QwenVLConfig, RopeConfig, TextConfig, VisionConfig
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, StageConfig, TrainConfig
+from tests import compiling
 from tests.tiny import tiny_processor_folder
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +116,7 @@ def environment(**more: str) -> dict[str, str]:
     Programs that run for a few steps are not worth optimizing, and are compiled once for all tests; those of several
     processes, which take no program from a cache, anew each time.
     """
-    given = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    given = {"XLA_FLAGS": compiling.flags(compiling.QUICKLY), "JAX_PLATFORMS": "cpu"}
     cache = os.environ["TESTS_COMPILATION_CACHE"]
     given |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return {**os.environ, **given, **more}
