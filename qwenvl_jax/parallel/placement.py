@@ -166,24 +166,67 @@ def batch_sharding(path: tuple, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Nam
     return NamedSharding(mesh, Execution(mesh, rules).spec(*axes))
 
 
-def row_share(mesh: Mesh) -> tuple[int, int]:
+def row_share(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[int, int]:
     """Which share of a batch's rows this process feeds, from 0, and how many shares there are.
 
     Processes whose devices split the same rows (along `context`, say) feed the same share.
 
     Raises:
-      ConfigError: this process's devices hold rows that are no run, or not as many as those of others.
+      ConfigError: see `row_shares`; or this process has no device of the mesh.
     """
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    owners = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(parts, -1)
-    mine = np.flatnonzero((owners == jax.process_index()).any(axis=1))
-    count = len(mine)
-    if not count or mine[0] % count or mine[-1] - mine[0] + 1 != count or parts % count:
+    shares = row_shares(mesh, rules)
+    return shares.index(_parts_here(mesh, rules, jax.process_index())), len(shares)
+
+
+def row_shares(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> list[tuple[int, ...]]:
+    """The parts of a batch that each share has, in order; the first share has the first rows of a batch.
+
+    A part is what one place along the batch axes holds. Those of a process need not follow one another. Of a slice of
+    4 x 4 TPUs whose processes have 2 x 2 each, all along `fsdp`:
+
+        0  1 |  2  3
+        4  5 |  6  7       [(0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13), (10, 11, 14, 15)]
+        -----+------
+        8  9 | 10 11
+       12 13 | 14 15
+
+    Raises:
+      ConfigError: processes that have some parts in common and some not, or unequally many.
+    """
+    processes = sorted({device.process_index for device in mesh.devices.flat})
+    parts_of = {process: _parts_here(mesh, rules, process) for process in processes}
+    shares = sorted(set(parts_of.values()))
+    parts = _batch_parts(mesh, rules)
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != parts:
+        told = "; ".join(f"process {process} has {list(held)}" for process, held in list(parts_of.items())[:4])
         raise ConfigError(
-            f"mesh {dict(mesh.shape)}: process {jax.process_index()} would hold parts {mine.tolist()} of {parts} of "
-            "a batch; choose sizes for which each process holds a run of them, all equally many."
+            f"mesh {dict(mesh.shape)}: of the {parts} parts of a batch {told}{'; ...' if len(parts_of) > 4 else ''}. "
+            "Processes must have the same parts or none in common, all equally many; choose other sizes of the mesh."
         )
-    return int(mine[0]) // count, parts // count
+    return shares
+
+
+def _parts_here(mesh: Mesh, rules: Rules, process: int) -> tuple[int, ...]:
+    """The parts of a batch that devices of this process hold.
+
+    Raises:
+      ConfigError: none.
+    """
+    split = mesh_axes("batch", mesh, rules)
+    order = [*split, *(axis for axis in mesh.axis_names if axis not in split)]
+    devices = mesh.devices.transpose([mesh.axis_names.index(axis) for axis in order])
+    owners = np.vectorize(lambda device: device.process_index)(devices).reshape(_batch_parts(mesh, rules), -1)
+    found = tuple(np.flatnonzero((owners == process).any(axis=1)).tolist())
+    if not found:
+        raise ConfigError(
+            f"mesh {dict(mesh.shape)}: process {process} has no device of it; make it as large as all processes' "
+            "devices together (mesh.fsdp=0 takes what the other axes leave), or start fewer processes."
+        )
+    return found
+
+
+def _batch_parts(mesh: Mesh, rules: Rules) -> int:
+    return Execution(mesh, rules).split("batch")
 
 
 def shard_batch(batch, mesh: Mesh, rules: Rules = DEFAULT_RULES):
@@ -196,7 +239,8 @@ def shard_batch(batch, mesh: Mesh, rules: Rules = DEFAULT_RULES):
     Raises:
       ConfigError: rows, groups, tokens or vision rows that the mesh does not divide.
     """
-    share, shares = row_share(mesh)
+    shares = len(row_shares(mesh, rules))
+    here = _parts_here(mesh, rules, jax.process_index())
     execution = Execution(mesh, rules)
     parts = execution.split("batch")
 
@@ -217,7 +261,7 @@ def shard_batch(batch, mesh: Mesh, rules: Rules = DEFAULT_RULES):
             )
         if jax.process_count() == 1:
             return jax.device_put(leaf, sharding)
-        return _from_share(leaf, sharding, share, rows)
+        return _from_share(leaf, sharding, here, rows, rows // parts)
 
     return jax.tree_util.tree_map_with_path(put, batch)
 
@@ -236,13 +280,12 @@ def place_batch(batch, execution: Execution):
     return jax.tree_util.tree_map_with_path(put, batch)
 
 
-def _from_share(leaf, sharding: NamedSharding, share: int, rows: int) -> jax.Array:
-    """A global array of which this process has a run of rows, with all that stands in them."""
-    shape = (rows, *leaf.shape[1:])
+def _from_share(leaf, sharding: NamedSharding, here: tuple[int, ...], rows: int, each: int) -> jax.Array:
+    """A global array of so many rows, of which this process has the parts `here`, one after the other, of `each`."""
 
     def part(index):
-        start, stop, _ = index[0].indices(rows)
-        first = share * leaf.shape[0]
-        return leaf[(slice(start - first, stop - first), *index[1:])]
+        start, _, _ = index[0].indices(rows)
+        first = here.index(start // each) * each
+        return leaf[(slice(first, first + each), *index[1:])]
 
-    return jax.make_array_from_callback(shape, sharding, part)
+    return jax.make_array_from_callback((rows, *leaf.shape[1:]), sharding, part)

@@ -6,6 +6,8 @@ layer's product takes longer than its weights do. Of `context` and `tensor`, whi
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator
 
 from qwenvl_jax.checkpoint.hf import parameter_count
@@ -18,9 +20,10 @@ from qwenvl_jax.plan.topology import Topology
 from qwenvl_jax.train.config import MeshConfig, StageConfig
 
 RULE = (
-    "slices over data, rows over fsdp (8 of it expert, if there are experts), the rest over context and tensor; the "
-    "fewest microbatches, then the smallest context * tensor, then the smallest tensor with which a step is estimated "
-    "to take 70 % of HBM"
+    "slices over data, rows over fsdp (8 of it expert, if there are experts), and over data again where widths of "
+    "weights do not divide, or else the tower over fewer axes; the rest over context and tensor; the fewest "
+    "microbatches, then the smallest context * tensor, then the smallest tensor with which a step is estimated to take "
+    "70 % of HBM"
 )
 _ROOM = 0.7  # of HBM; what the compiler adds is not estimated
 _EXPERTS = 8  # devices along `expert`: with more, the experts of a layer are hardly smaller than the rest of it
@@ -70,8 +73,9 @@ def chosen(stage: StageConfig, model: QwenVLConfig, topology: Topology, param_by
     return fitting[0] if fitting else found[sizes.index(min(sizes))]
 
 
-def _preference(layout: Layout) -> tuple[int, int, int]:
-    return layout.microbatches, layout.mesh.context * layout.mesh.tensor, layout.mesh.tensor
+def _preference(layout: Layout) -> tuple[int, int, int, bool]:
+    mesh = layout.mesh
+    return layout.microbatches, mesh.context * mesh.tensor, mesh.tensor, bool(mesh.override)
 
 
 def layouts(stage: StageConfig, model: QwenVLConfig, topology: Topology) -> Iterator[Layout]:
@@ -84,20 +88,41 @@ def layouts(stage: StageConfig, model: QwenVLConfig, topology: Topology) -> Iter
                 continue
             # Each slice has all weights: what crosses between slices is gradients, once a step.
             share = n // (tensor * context * topology.slices)
-            expert = max(size for size in _powers(_EXPERTS) if share % size == 0 and experts % size == 0)
-            for microbatches in _powers(shape.groups):
+            for microbatches in _powers(shape.groups if shape.vision else shape.rows):
                 parts = share * topology.slices * microbatches
-                if shape.groups % parts or shape.rows % parts:
+                if (shape.vision and shape.groups % parts) or shape.rows % parts:
                     break
-                mesh = MeshConfig(
-                    data=topology.slices,
-                    fsdp=share // expert,
-                    expert=expert,
-                    context=context,
-                    tensor=tensor,
-                    rules="zero",
-                )
-                yield Layout(mesh, microbatches, stage.remat)
+                for mesh in _splits(model, share, context, experts):
+                    mesh = dataclasses.replace(mesh, data=mesh.data * topology.slices, tensor=tensor)
+                    yield Layout(mesh, microbatches, stage.remat)
+
+
+def _splits(model: QwenVLConfig, share: int, context: int, experts: int) -> Iterator[MeshConfig]:
+    """Ways to split weights among so many devices along the batch's axes and `context`, whose widths divide by them.
+
+    The tower is narrower than the decoder, 1,152 wide in most models: either both have copies along `data`, or the
+    tower alone is split over fewer axes.
+    """
+    both = math.gcd(model.text.hidden_size, model.vision.hidden_size)
+    for copies in _powers(share):
+        if share % copies:
+            return
+        expert = max(size for size in _powers(_EXPERTS) if share // copies % size == 0 and experts % size == 0)
+        sizes = {"fsdp": share // copies // expert, "expert": expert, "context": context}
+        mesh = MeshConfig(data=copies, **sizes, rules="zero")
+        split = math.prod(sizes.values())
+        if both % split == 0:
+            yield mesh
+            return
+        if copies == 1 and model.text.hidden_size % split == 0:
+            yield dataclasses.replace(mesh, override=(f"vision_embed={'+'.join(_tower_axes(model, sizes))}",))
+
+
+def _tower_axes(model: QwenVLConfig, sizes: dict[str, int]) -> tuple[str, ...]:
+    """Of these axes of a mesh those whose devices together are the most that the tower's width divides by."""
+    chosen = itertools.chain.from_iterable(itertools.combinations(sizes, count) for count in range(len(sizes) + 1))
+    fitting = [axes for axes in chosen if model.vision.hidden_size % math.prod(sizes[axis] for axis in axes) == 0]
+    return max(fitting, key=lambda axes: (math.prod(sizes[axis] for axis in axes), -len(axes)))
 
 
 def _powers(largest: int) -> Iterator[int]:
@@ -119,6 +144,10 @@ def estimate(layout: Layout, stage: StageConfig, model: QwenVLConfig, topology: 
     total, tower = parameter_count(model)
     learning = total if stage.trainable != "mergers" else total // 50
     state = (param_bytes * total + (2 * param_bytes + 4) * learning) // (topology.devices // mesh.data)
+    if mesh.override:  # the tower is split over fewer devices
+        sizes = {axis: getattr(mesh, axis) for axis in ("fsdp", "expert", "context")}
+        parts = math.prod(sizes[axis] for axis in _tower_axes(model, sizes))
+        state += (param_bytes * tower + (2 * param_bytes + 4) * min(learning, tower)) // parts
     assumed = assume(stage, model, multiple=split)
     tokens = stage.batch.rows * stage.batch.length // (shares * layout.microbatches * mesh.context)
     patches = assumed.work.patches // (shares * layout.microbatches * split)
@@ -174,11 +203,13 @@ def check(mesh: MeshConfig, stage: StageConfig, topology: Topology) -> MeshConfi
         )
     axis_across([sizes[axis] for axis in AXES], topology.slices)  # refuses a mesh that slices do not divide
     share, rows, groups = n // (sizes["context"] * sizes["tensor"]), stage.batch.rows, stage.batch.groups
-    if rows % (share * stage.microbatches) or groups % (share * stage.microbatches):
-        fitting = ", ".join(str(d) for d in range(1, groups + 1) if groups % d == 0 and rows % d == 0)
+    both = math.gcd(rows, groups) if stage.batch.vision else rows
+    if both % (share * stage.microbatches):
+        fitting = ", ".join(str(d) for d in range(1, both + 1) if both % d == 0)
+        named = f"batch.rows={rows}" + (f" and batch.groups={groups}" if stage.batch.vision else "")
         raise ConfigError(
             f"stage {stage.name}: mesh.data * mesh.fsdp * mesh.expert * microbatches = {share * stage.microbatches} "
-            f"does not divide batch.rows={rows} and batch.groups={groups}; these do: {fitting}. What is left of "
-            f"{n} devices goes to mesh.context or mesh.tensor."
+            f"does not divide {named}; these do: {fitting}. What is left of {n} devices goes to mesh.context or "
+            "mesh.tensor."
         )
     return dataclasses.replace(mesh, **sizes)

@@ -96,13 +96,14 @@ class Plan:
         slices = self.cell.topology.slices
         mesh |= {"slices": slices} if slices > 1 else {}
         settings = {"rules": self.layout.mesh.rules, "microbatches": self.layout.microbatches}
+        override = {"override": list(self.layout.mesh.override)} if self.layout.mesh.override else {}
         held = self.memory
         return {
             "config": self.cell.config_path,
             "model": self.cell.name,
             "topology": self.cell.topology.name,
             "devices": self.cell.topology.devices,
-            "mesh": mesh | settings | {"remat": self.layout.remat},
+            "mesh": mesh | settings | {"remat": self.layout.remat} | override,
             "fits": held.fits,
             "hbm": {
                 "limit": held.limit,

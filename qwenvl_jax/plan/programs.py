@@ -16,7 +16,7 @@ from qwenvl_jax.flops import Work, step_flops
 from qwenvl_jax.generate import LENGTH_STEP, Sampling, read_prompts, read_token
 from qwenvl_jax.models import pretrained
 from qwenvl_jax.parallel.mesh import AXES, make_mesh
-from qwenvl_jax.parallel.placement import Execution, Remat
+from qwenvl_jax.parallel.placement import Execution, Remat, row_shares
 from qwenvl_jax.parallel.rules import make_rules, param_shardings
 from qwenvl_jax.plan.compiling import Request, ServeRequest
 from qwenvl_jax.train import program
@@ -36,6 +36,7 @@ def traced_step(request: Request, devices: list[jax.Device]) -> tuple[jax.stages
     config, (stage,) = request.config, request.config.stages
     assert isinstance(config.model, QwenVLConfig)  # as requests have it
     mesh, rules = mesh_of(config, devices)
+    row_shares(mesh, rules)  # what processes of a run could not feed is refused here too
     parts = make_parts(config, config.model, mesh, rules)
     state, frozen = program.abstract_state(parts, stage, config.seed)
     batch = program.abstract_batch(config.model, request.assumed.shape, Execution(mesh, rules))

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+from qwenvl_jax.errors import QwenVLError
 from qwenvl_jax.parallel.placement import Remat
 from qwenvl_jax.plan import mesh as meshes
 from qwenvl_jax.plan.mesh import Layout
@@ -22,13 +23,20 @@ def search(cell: Cell, first: Layout, tries: int, *, quick: bool, say: Callable[
       quick: as of `qwenvl_jax.plan.compiling.compile_step`.
       say: told what is tried.
     """
-    plans = []
+    plans, refused = [], None
     for number, layout in enumerate(candidates(cell, first)[:tries], 1):
-        plan = make_plan(cell, layout, by_rule=True, quick=quick)
+        try:
+            plan = make_plan(cell, layout, by_rule=True, quick=quick)
+        except QwenVLError as error:  # one that cannot be compiled does not lose the others
+            refused = error
+            say(f"{number} of {tries}: {layout.arguments()}: {error}")
+            continue
         held = plan.memory
         said = f"{(held.total or 0) / 2**30:.2f} GiB" if held.fits else "does not fit"
         say(f"{number} of {tries}: {layout.arguments()}: {said}, bound {plan.ranked_seconds:.3g} s")
         plans.append(plan)
+    if refused is not None and not plans:
+        raise refused
     return sorted(plans, key=rank)
 
 

@@ -1,6 +1,7 @@
 """Plans for reading, and the `plan` command."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -62,7 +63,7 @@ def plan_command(
             print(text + "\n", flush=True)
     if as_json:
         print(json.dumps(next(iter(facts.values())) if len(facts) == 1 else facts, indent=2))
-    elif len(cells) > 1 and layouts[0][1]:
+    elif len(cells[0].config.stages) > 1 and layouts[0][1]:
         print("Each stage has a mesh of its own here; a run of several stages has one, given with --mesh.")
     return 0 if fit else 1
 
@@ -187,12 +188,10 @@ def _exchange_lines(plan: Plan) -> Iterator[str]:
 def command(plan: Plan) -> str:
     """The command that trains as planned."""
     cell = plan.cell
-    given = [argument for argument in cell.overrides if plan.by_rule or not argument.startswith("--mesh")]
-    overrides = " ".join(cell.overrides if not plan.by_rule else given)
     layout = plan.layout.arguments() if plan.by_rule else ""
     model = f"--model {cell.name}" if cell.named else ""
-    parts = ["qwenvl-jax train", cell.config_path, model, overrides, layout]
-    return " ".join(part for part in parts if part)
+    given = shlex.join(map(str, (cell.config_path, *cell.overrides)))
+    return " ".join(part for part in ("qwenvl-jax train", given, model, layout) if part)
 
 
 def ranking(plans: Sequence[Plan]) -> str:

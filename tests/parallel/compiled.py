@@ -43,11 +43,11 @@ def whole_on_slice(
     config: QwenVLConfig, topology: str, sizes: dict[str, int], *, read: bool = False, **settings
 ) -> Whole:
     """The step of a stage, code and all, for a mesh of these sizes on a TPU slice; settings as of `trace_step`."""
-    return _apart(_whole, config, topology, sizes, read, settings)
+    return apart(_whole, config, topology, sizes, read, settings)
 
 
 def _whole(config: QwenVLConfig, topology: str, sizes: dict[str, int], read: bool, settings: dict) -> Whole:
-    program = compile_step(config, make_mesh(_tpu_devices(topology), **sizes), **settings)
+    program = compile_step(config, make_mesh(tpu_devices(topology), **sizes), **settings)
     held = program.memory_analysis()
     text = program.as_text() if read else ""
     return Whole(text, held.temp_size_in_bytes, held.generated_code_size_in_bytes)
@@ -55,22 +55,22 @@ def _whole(config: QwenVLConfig, topology: str, sizes: dict[str, int], read: boo
 
 def slices_along(topology: str, count: int, axis: int, sizes: dict[str, int]) -> list[int]:
     """Of how many of `count` slices the devices in each `count`-th part of a mesh along an axis are."""
-    return _apart(_slices_along, topology, count, axis, sizes)
+    return apart(_slices_along, topology, count, axis, sizes)
 
 
 def _slices_along(topology: str, count: int, axis: int, sizes: dict[str, int]) -> list[int]:
-    mesh = make_mesh(_tpu_devices(topology, num_slices=count), **sizes)
+    mesh = make_mesh(tpu_devices(topology, num_slices=count), **sizes)
     parts = np.split(mesh.devices, count, axis=axis)
     return [len({device.slice_index for device in part.flat}) for part in parts]
 
 
-def _apart(function, *arguments):
+def apart(function, *arguments):
     """What a function gives in a process of its own: where libtpu was loaded, JAX's profiler ends a process of CPUs."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def _tpu_devices(topology: str, **settings):
+def tpu_devices(topology: str, **settings):
     """The devices of a TPU slice, for compiling."""
     from jax.experimental import topologies
 

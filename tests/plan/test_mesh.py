@@ -1,16 +1,30 @@
 """The mesh that a slice gets by the rule, and one given by hand."""
 
 import dataclasses
+import functools
+import importlib.util
+import math
 
 import pytest
+from jax.sharding import AbstractMesh
 
+from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.parallel.mesh import AXES, make_mesh, single_device_mesh
+from qwenvl_jax.parallel.placement import row_shares
+from qwenvl_jax.parallel.rules import make_rules, partition_spec
 from qwenvl_jax.plan.mesh import check, chosen, estimate, layouts
 from qwenvl_jax.plan.topology import Topology
 from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train import recipes
 from qwenvl_jax.train.config import MeshConfig
+from qwenvl_jax.train.state import ModelParts, WeightInfo
+from tests.parallel.compiled import apart, tpu_devices
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install -e '.[tpu]'"
+)
 
 STAGES = [recipes.s0(), recipes.s1(), recipes.s2(), recipes.s3()]
 SLICES = ["v5e:16x16", "v6e:16x16", "v5p:8x8x8", "tpu7x:4x4x8"]
@@ -25,6 +39,61 @@ def test_the_rule_finds_a_mesh_that_divides(name, topology):
         layout = chosen(stage, PRESETS[name], slice_)
         assert check(layout.mesh, layout.of_stage(stage), slice_) == layout.mesh
         assert layout.mesh.expert <= (8 if PRESETS[name].text.moe else 1)
+        check_weights(PRESETS[name], layout.mesh)
+
+
+def check_weights(model: QwenVLConfig, mesh: MeshConfig) -> None:
+    """Refuses a mesh that some weight of the model cannot be split over."""
+    sizes = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
+    rules = make_rules(mesh.rules, mesh.override)
+    for name, weight in weights_of(model).items():
+        partition_spec(name, weight.shape, weight.axes, sizes, rules)
+
+
+@functools.cache
+def weights_of(model: QwenVLConfig) -> dict[str, WeightInfo]:
+    return ModelParts(model, dtype="bfloat16", param_dtype="float32", mesh=single_device_mesh()).weights
+
+
+def test_every_layout_that_is_tried_splits_every_weight():
+    for name in SIZES:
+        for topology in ("v5e:16x16", "v5p:8x8x8", "v5p:4x4x8"):
+            for layout in layouts(recipes.s2(), PRESETS[name], Topology.named(topology)):
+                check_weights(PRESETS[name], layout.mesh)
+
+
+def test_text_alone_needs_no_groups():
+    stage = dataclasses.replace(recipes.s1(), batch=BatchShape(rows=512, length=8192))
+    slice_ = Topology.named("v5e:16x16")
+    assert check(MeshConfig(fsdp=256), stage, slice_).fsdp == 256
+    assert chosen(stage, PRESETS["qwen3_vl_2b"], slice_).mesh.context == 1
+    with pytest.raises(ConfigError, match=r"= 512 does not divide batch.rows=256; these do: 1, 2, 4, .*, 256\."):
+        small = dataclasses.replace(stage, microbatches=2, batch=BatchShape(rows=256, length=8192))
+        check(MeshConfig(fsdp=256), small, slice_)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_processes_can_feed_every_mesh_that_the_rule_chooses():
+    """Those of a slice have blocks of its devices, and not runs of a mesh axis that goes through several rows of it."""
+    found = apart(refused_shares, SLICES)
+    assert found == [], found[:3]
+
+
+def refused_shares(topologies: list[str]) -> list[str]:
+    """What `row_shares` says of the meshes that it refuses."""
+    found = []
+    for topology in topologies:
+        devices, slice_ = tpu_devices(topology), Topology.named(topology)
+        assert len({device.process_index for device in devices}) in (len(devices) // 4, len(devices) // 8)
+        for model in (PRESETS[name] for name in SIZES):
+            for mesh in {chosen(stage, model, slice_).mesh for stage in STAGES}:
+                try:
+                    made = make_mesh(devices, **{axis: getattr(mesh, axis) for axis in AXES})
+                    row_shares(made, make_rules(mesh.rules, mesh.override))
+                except ConfigError as error:
+                    found.append(f"{topology} {mesh}: {error}")
+    return found
 
 
 def test_the_rule_takes_the_fewest_microbatches_that_are_estimated_to_fit():
@@ -35,7 +104,9 @@ def test_the_rule_takes_the_fewest_microbatches_that_are_estimated_to_fit():
     fewer = [one for one in layouts(stage, model, slice_) if one.microbatches < layout.microbatches]
     assert fewer and all(estimate(one, stage, model, slice_) > room for one in fewer)
     large = chosen(stage, model, Topology.named("v5p:8x8x8"))
-    assert (large.microbatches, large.mesh.fsdp, large.mesh.context, large.mesh.tensor) == (1, 256, 2, 1)
+    assert large.microbatches == 1
+    # The tower is 1,152 wide, which 128 is the largest power of two to divide.
+    assert large.mesh == MeshConfig(data=4, fsdp=64, context=2, rules="zero")
 
 
 def test_more_kept_is_estimated_as_more():
@@ -49,8 +120,17 @@ def test_more_kept_is_estimated_as_more():
 def test_arguments_for_the_command_line():
     layout = chosen(recipes.s1(), PRESETS["qwen3_vl_30b_a3b"], Topology.named("v5p:8x8x8"))
     assert layout.arguments() == (
-        "--mesh.fsdp 32 --mesh.expert 8 --mesh.context 2 --mesh.rules zero --microbatches 1 --remat full"
+        "--mesh.data 4 --mesh.fsdp 8 --mesh.expert 8 --mesh.context 2 --mesh.rules zero --microbatches 1 --remat full"
     )
+
+
+def test_a_model_too_large_for_copies_splits_its_tower_over_fewer_axes():
+    model, slice_ = PRESETS["qwen3_vl_235b_a22b"], Topology.named("tpu7x:4x4x8")
+    layout = chosen(recipes.s1(), model, slice_)
+    assert (layout.mesh.data, layout.mesh.override) == (1, ("vision_embed=fsdp",))
+    assert "--mesh.rules zero --mesh.override vision_embed=fsdp --microbatches" in layout.arguments()
+    split = {axis: getattr(layout.mesh, axis) for axis in ("fsdp", "expert", "context")}
+    assert model.vision.hidden_size % split["fsdp"] == 0 and model.vision.hidden_size % math.prod(split.values())
 
 
 def test_a_batch_that_no_mesh_divides():

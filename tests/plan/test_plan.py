@@ -97,7 +97,7 @@ def test_facts():
     }
     assert facts["fits"] and facts["devices"] == 512
     assert facts["mesh"] == {
-        "data": 1, "fsdp": 256, "expert": 1, "context": 2, "tensor": 1, "rules": "zero", "microbatches": 1,
+        "data": 4, "fsdp": 64, "expert": 1, "context": 2, "tensor": 1, "rules": "zero", "microbatches": 1,
         "remat": "full",
     }  # fmt: skip
     assert facts["collective_bytes"] == {"fsdp+context": 60 * GIB, "context": 3 * GIB}
@@ -113,7 +113,7 @@ def test_facts():
 def test_a_table_tells_all_of_it():
     text = show.table(plan_of(compiled()))
     for words in (
-        "fsdp 256, context 2, rules zero, 1 microbatches, remat full; by the rule:",
+        "data 4, fsdp 64, context 2, rules zero, 1 microbatches, remat full; by the rule:",
         "each row is one sample of 8,192 tokens",
         "batch.vision=((6, 1024), (9, 10240))",
         "8,767,123,696, all learn",
@@ -122,7 +122,7 @@ def test_a_table_tells_all_of_it():
         "60.00 GiB   all-gather over fsdp+context",
         "one slice: nothing leaves it",
         "119,209 steps",
-        "qwenvl-jax train configs/pretrain/s1.py --model qwen3_vl_8b --mesh.fsdp 256 --mesh.context 2 --mesh.rules",
+        "qwenvl-jax train configs/pretrain/s1.py --model qwen3_vl_8b --mesh.data 4 --mesh.fsdp 64 --mesh.context 2",
     ):
         assert words in text, text
     assert "2 loops of unknown length" in show.table(plan_of(compiled(unknown_loops=2)))
@@ -160,7 +160,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(found, words):
 def test_what_crosses_between_slices_has_a_bound_of_its_own():
     (cell,) = read_cells(S1, [], topology="v5p:8x8x8", slices=2, model="qwen3_vl_8b")
     layout, _ = layout_of(cell)
-    assert cell.topology.devices == 1024 and (layout.mesh.data, layout.mesh.rules) == (2, "zero")
+    assert cell.topology.devices == 1024 and (layout.mesh.data, layout.mesh.rules) == (8, "zero")
     found = bounds(compiled(across=3 * GIB), cell.topology)
     assert found["dcn"] == 3 * GIB / (50e9 / 8) and found["ici"] == 60 * GIB / 600e9
     plan = dataclasses.replace(plan_of(compiled()), cell=cell, layout=layout, bounds=found)
@@ -242,7 +242,7 @@ def test_what_fits_ranks_by_its_bounds_and_what_does_not_by_its_excess():
     plans = [plan_of(found) for found in (larger, slow, large, quick)]
     assert sorted(plans, key=rank) == [plans[3], plans[1], plans[2], plans[0]]
     lines = show.ranking([plans[3], plans[2]]).splitlines()
-    assert " yes " in lines[2] and " no " in lines[3] and "--mesh.fsdp 256" in lines[2]
+    assert " yes " in lines[2] and " no " in lines[3] and "--mesh.data 4 --mesh.fsdp 64" in lines[2]
 
 
 @needs_libtpu

@@ -69,6 +69,15 @@ def test_several_processes_are_the_run_of_one(config, whole, count):
 
 
 @pytest.mark.slow
+def test_parts_of_a_process_need_not_follow_one_another(config, whole):
+    """Of four devices each process has every other one."""
+    out, logs = config.parent / "interleaved", config.parent / "interleaved-logs"
+    statuses = finish(start(2, "-m", "tests.train.interleaved", config, "--out", out, logs=logs))
+    assert statuses == [0, 0], said(logs)
+    check_alike(out, whole)
+
+
+@pytest.mark.slow
 def test_processes_that_share_rows(config, whole):
     """`tensor` over both processes: each makes the whole batch, and it is counted once."""
     out, heads = config.parent / "tensor", ("--model.text.num_key_value_heads", 2)
