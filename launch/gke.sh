@@ -19,9 +19,14 @@
 #   NAMESPACE=default  SERVICE_ACCOUNT=default (of Kubernetes; it needs to read and write the bucket)
 #   RESTARTS=20        after a pod died; preemptions are not counted
 #   GRACE_SECONDS=300  between SIGTERM and SIGKILL
+#
+# LIBTPU_INIT_ARGS, XLA_FLAGS, JAX_COMPILATION_CACHE_DIR, QWENVL_DATA, WANDB_PROJECT, WANDB_NAME and WANDB_MODE hold on the
+# pods too where they are set here, whatever is in them; other variables do not.
 set -uo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# Variables that the run gets as they are here; no secrets, which anybody could read in the manifest.
+passed=(LIBTPU_INIT_ARGS XLA_FLAGS JAX_COMPILATION_CACHE_DIR QWENVL_DATA WANDB_PROJECT WANDB_NAME WANDB_MODE)
 say() { echo "launch/gke.sh: $*" >&2; }
 fail() { say "$*"; exit 2; }
 usage() { sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
@@ -76,20 +81,26 @@ chips=$((${TOPOLOGY//x/*}))
   fail "TOPOLOGY=$TOPOLOGY has $chips chips, which is no multiple of CHIPS_PER_HOST=$CHIPS_PER_HOST"
 HOSTS=$((chips / CHIPS_PER_HOST))
 
+dollar='\x24'
 quoted() { # as YAML's double quotes want it
   local text="${1//\\/\\\\}"
   text="${text//\"/\\\"}"
+  text="${text//\$/"$dollar"}" # so that nothing is filled into it below
   printf '"%s"' "${text//$'\n'/\\n}"
 }
 ARGUMENTS='['
 for argument; do ARGUMENTS+="$(quoted "$argument"), "; done
 ARGUMENTS="${ARGUMENTS%, }]"
+ENVIRONMENT=''
+for name in "${passed[@]}"; do
+  [[ -z "${!name:-}" ]] || ENVIRONMENT+="- {name: $name, value: $(quoted "${!name}")}"$'\n                    '
+done
 
 manifest="$(<"$here/jobset.yaml")"
 for name in NAME NAMESPACE IMAGE ACCELERATOR TOPOLOGY SERVICE_ACCOUNT; do
   manifest="${manifest//"\${$name}"/"$(quoted "${!name}")"}"
 done
-for name in RESTARTS SLICES HOSTS GRACE_SECONDS CHIPS_PER_HOST ARGUMENTS; do
+for name in RESTARTS SLICES HOSTS GRACE_SECONDS CHIPS_PER_HOST ARGUMENTS ENVIRONMENT; do
   manifest="${manifest//"\${$name}"/"${!name}"}"
 done
 

@@ -2,8 +2,8 @@
 # Trains on this machine, in one process or several, and starts the run again when one dies, until it is done.
 #
 #     launch/local.sh configs/demo/s1.py --out runs/s1
-#     RESTARTS=20 CPU_DEVICES=4 launch/local.sh configs/demo/s1.py --mesh.fsdp 4
-#     PROCESSES=2 launch/local.sh configs/demo/s1.py
+#     RESTARTS=20 CPU_DEVICES=4 launch/local.sh configs/demo/s1.py --out runs/s1-of-4 --mesh.fsdp 4 --batch.groups 4
+#     PROCESSES=2 launch/local.sh configs/demo/s1.py --out runs/s1-of-2 --mesh.fsdp 2 --batch.groups 2
 #
 # All arguments go to `qwenvl-jax train`. A run continues from its latest checkpoint as if nothing had happened, so a
 # process that was killed (out of memory, a lost machine that came back) costs only the steps since then. What a restart
@@ -86,7 +86,7 @@ for ((life = 0; life <= ${RESTARTS:-5}; life++)); do
   case "$status" in
     0 | 2 | 130) exit "$status" ;;
   esac
+  [[ -n "$stopped" ]] || sleep "${PAUSE_SECONDS:-2}"
   [[ -z "$stopped" ]] || exit "$status"
-  sleep "${PAUSE_SECONDS:-2}"
 done
 exit "$status"

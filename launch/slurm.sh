@@ -2,7 +2,7 @@
 # Trains under Slurm, one process for each task of the job, and goes on after its time limit, preemption and failures.
 #
 #     sbatch --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh CONFIG --out DIR
-#     sbatch --ntasks=2 --time=2:00:00 launch/slurm.sh configs/demo/s1.py --out runs/s1 --mesh.fsdp 2
+#     sbatch --ntasks=2 --time=2:00:00 launch/slurm.sh configs/demo/s1.py --out runs/s1 --mesh.fsdp 2 --batch.groups 2
 #
 # Arguments before the script are Slurm's, those after it go to `qwenvl-jax train`. DIR is on a disk that all nodes see, or
 # in a bucket. The log is qwenvl-JOB.log where sbatch was called; the run's own files are in DIR.
@@ -35,7 +35,7 @@ if [[ -z "${SLURM_JOB_ID:-}" || "${1:-}" == --help || "${1:-}" == -h ]]; then
   exit 2
 fi
 if (($# == 0)); then
-  say "which config? For example: sbatch --ntasks=2 launch/slurm.sh configs/demo/s1.py --out runs/s1"
+  say "which config? For example: sbatch --ntasks=2 launch/slurm.sh configs/demo/s1.py --out runs/s1 --mesh.fsdp 2 --batch.groups 2"
   exit 2
 fi
 

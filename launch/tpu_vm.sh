@@ -8,7 +8,8 @@
 #
 # `train` may be interrupted and called again: it goes on with what is there. It ends when the run ends, with its status (0
 # done, 2 a mistake, 130 stopped). Where a process dies, every host starts its own again (launch/local.sh, RESTARTS times);
-# a slice that was preempted is asked for again, RECREATIONS times. The log is ~/qwenvl_jax/run.log on each host.
+# on a host that was started anew the run is installed and started again; a slice that was preempted is asked for again,
+# RECREATIONS times. The log is ~/qwenvl_jax/run.log on each host.
 #
 # Variables, with their defaults:
 #   NAME, ZONE         of the queued resource, to be given
@@ -21,8 +22,14 @@
 #   SSH_FLAGS=         more for its `ssh` and `scp`, such as "--tunnel-through-iap"
 #   SETUP=             what installs qwenvl_jax in the folder on a host; by default uv, with a Python of its own
 #   RESTARTS=5  RECREATIONS=20  POLL_SECONDS=60
+#
+# LIBTPU_INIT_ARGS, XLA_FLAGS, JAX_COMPILATION_CACHE_DIR, QWENVL_DATA, WANDB_PROJECT, WANDB_NAME and WANDB_MODE hold on the
+# hosts too where they are set here, whatever is in them; other variables do not. A run that is going on keeps its own, and
+# `train` with others is told that the slice is busy.
 set -uo pipefail
 
+# Variables that the run gets as they are here; no secrets, which anybody could read on the command line.
+passed=(LIBTPU_INIT_ARGS XLA_FLAGS JAX_COMPILATION_CACHE_DIR QWENVL_DATA WANDB_PROJECT WANDB_NAME WANDB_MODE)
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 say() { echo "launch/tpu_vm.sh: $*" >&2; }
 fail() { say "$*"; exit 2; }
@@ -30,7 +37,7 @@ usage() { sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 
 # ---- on a host, where `ssh` calls this script
 
-on_host() { # begun, start (with the arguments of `train`) | status | stop | log
+on_host() { # begun, start (with the run: NAME=VALUE of its variables, the arguments of `train`) | status | stop | log
   cd "$here" || exit 1
   local pid
   pid="$(cat run.pid 2>/dev/null)"
@@ -45,14 +52,19 @@ on_host() { # begun, start (with the arguments of `train`) | status | stop | log
     start)
       shift
       [[ -z "$pid" ]] || return 0
-      rm -f run.status
+      rm -f run.status run.pid
       printf '%q ' "$@" >run.arguments
+      while [[ "$1" =~ ^[A-Z_]+= ]]; do export "${1?}"; shift; done
       # Beyond the end of the connection.
       # shellcheck disable=SC2016
       nohup setsid bash -c 'launch/local.sh "$@" & echo $! >run.pid; wait $!; echo $? >run.status' _ "$@" \
         >>run.log 2>&1 </dev/null &
+      # Whoever asks next is to find it.
+      for ((tenths = 0; tenths < 50; tenths++)); do [[ ! -s run.pid ]] || break; sleep 0.1; done
       ;;
     status)
+      # How a run ended is written a moment after it has.
+      [[ -s run.status || -n "$pid" || ! -e run.pid ]] || sleep 1
       if [[ -s run.status ]]; then cat run.status
       elif [[ -n "$pid" ]]; then echo running
       else echo none
@@ -87,8 +99,8 @@ read -ra create_flags <<<"${CREATE_FLAGS:-}"
 tpus() { gcloud compute tpus queued-resources "$1" "$NAME" "${at[@]}" "${@:2}"; }
 ssh_to() { tpus ssh --node="$1" --worker="$2" "${ssh_flags[@]}" --command="$3"; }
 on_all() { ssh_to all all "$1"; }
-on_first() { ssh_to 0 0 "$1" | tail -n 1; }
 host=qwenvl_jax/launch/tpu_vm.sh
+ask_all() { on_all "if [ -x $host ]; then $host on-host $1; else echo none; fi"; } # a line from each
 
 state() { # NONE where there is no such resource, nothing where gcloud does not say
   local told errors
@@ -128,6 +140,11 @@ fi
 setup="${SETUP:-python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv \
 && python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu,gcs]'}"
 poll="${POLL_SECONDS:-60}"
+run=() # as the hosts are told
+for name in "${passed[@]}"; do
+  [[ -z "${!name:-}" ]] || run+=("$name=${!name}")
+done
+run+=("$@")
 
 remind() {
   say "a slice is paid for as long as it is there; to give it back: NAME=$NAME ZONE=$ZONE${PROJECT:+ PROJECT=$PROJECT} launch/tpu_vm.sh delete"
@@ -164,55 +181,74 @@ acquire() { # returns when the slice is there
   done
 }
 
-install() {
+install() { # on the hosts where the run is not going on
   local archive
   archive="$(mktemp -d)/qwenvl_jax.tar.gz"
   tar -czf "$archive" -C "$here" --exclude=./.git --exclude='./.venv*' --exclude=./runs --exclude=./run.* \
     --exclude=__pycache__ . || fail "this folder could not be packed"
   tpus scp "$archive" "$NAME:" --node=all --worker=all "${ssh_flags[@]}" &&
-    on_all "mkdir -p qwenvl_jax && tar -xzf qwenvl_jax.tar.gz -C qwenvl_jax && cd qwenvl_jax && { $setup; }"
+    on_all "[ \"\$($host on-host status 2>/dev/null)\" = running ] || { mkdir -p qwenvl_jax &&
+      tar -xzf qwenvl_jax.tar.gz -C qwenvl_jax && cd qwenvl_jax && { $setup; }; }"
   local status=$?
   rm -rf "$(dirname "$archive")"
   return "$status"
 }
 
-start() { # installs unless the run is going on, and starts it where it is not
-  local begun
-  begun="$(on_first "[ ! -x $host ] || $host on-host begun$(printf ' %q' "$@")")" || return 1
-  case "$begun" in
-    same) ;;
-    another*) fail "the slice is busy with ${begun% }; stop that one first" ;;
-    *)
-      say "installing on all hosts"
-      install || return 1
-      ;;
-  esac
-  on_all "RESTARTS=${RESTARTS:-5} $host on-host start$(printf ' %q' "$@")" || return 1
+start() { # installs where the run is not going on, and starts it there
+  local begun other
+  begun="$(ask_all "begun$(printf ' %q' "${run[@]}")")" || return 1
+  if other="$(grep -m 1 '^another run, ' <<<"$begun")"; then
+    fail "the slice is busy with ${other% }; stop that one first"
+  elif ! grep -qx same <<<"$begun"; then
+    say "installing on all hosts"
+    install || return 1
+  elif grep -qx none <<<"$begun"; then
+    say "installing on the hosts where the run is not going on"
+    install || return 1
+  fi
+  on_all "RESTARTS=${RESTARTS:-5} $host on-host start$(printf ' %q' "${run[@]}")" || return 1
   say "the run is going on; its log: NAME=$NAME ZONE=$ZONE launch/tpu_vm.sh log"
+}
+
+watch() { # returns when the run has to be started again, on some hosts or all
+  local heard all status
+  heard_is() { grep -qxE "$1" <<<"$heard"; }
+  while sleep "$poll"; do
+    all=yes
+    heard="$(ask_all status | grep -xE 'none|running|[0-9]+' | sort -u)" || all='' # some do not answer
+    if heard_is running; then
+      if heard_is 2; then
+        say "a host ended with status 2; the others are told to stop"
+        on_all "$host on-host stop"
+      elif heard_is none && ! heard_is '0|130'; then
+        say "a host has lost the run: it is started there again"
+        return
+      elif [[ -z "$all" && "$(state)" != ACTIVE ]]; then
+        break
+      fi
+    elif heard_is '0|2|130' || { heard_is '[0-9]+' && ! heard_is none; }; then
+      # A mistake or a stop on one host is why the others failed.
+      for status in 2 130 $(grep -xE '[0-9]+' <<<"$heard" | sort -rn); do
+        ! heard_is "$status" || break
+      done
+      say "the run ended with status $status"
+      exit "$status"
+    elif heard_is none || [[ "$(state)" != ACTIVE ]]; then # started anew, or gone
+      break
+    fi
+  done
+  say "the run was interrupted"
 }
 
 recreations="${RECREATIONS:-20}"
 known='' tries=0
 while :; do
   acquire
-  if ! start "$@"; then
+  if ! start; then
     ((++tries < 5)) || { say "the run could not be started on all hosts; see above"; exit 1; }
     sleep "$poll" # a new host takes a while to know our key
     continue
   fi
   tries=0
-  while sleep "$poll"; do
-    status="$(on_first "$host on-host status")" || status=''
-    case "$status" in
-      running) ;;
-      '' | none) # nobody answers, or the host was started anew
-        [[ "$(state)" == ACTIVE && "$status" != none ]] || break
-        ;;
-      *)
-        say "the run ended with status $status"
-        exit "$status"
-        ;;
-    esac
-  done
-  say "the run was interrupted"
+  watch
 done

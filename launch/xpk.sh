@@ -15,8 +15,13 @@
 #   PROJECT=  ZONE=    gcloud's own settings
 #   RESTARTS=100       GRACE_SECONDS=300, between SIGTERM and SIGKILL
 #   XPK_FLAGS=         more for `xpk workload create`, such as "--spot --priority=high"
+#
+# LIBTPU_INIT_ARGS, XLA_FLAGS, JAX_COMPILATION_CACHE_DIR, QWENVL_DATA, WANDB_PROJECT, WANDB_NAME and WANDB_MODE hold on the
+# pods too where they are set here, whatever is in them; other variables do not.
 set -uo pipefail
 
+# Variables that the run gets as they are here; no secrets, which anybody could read on the command line and in the manifest.
+passed=(LIBTPU_INIT_ARGS XLA_FLAGS JAX_COMPILATION_CACHE_DIR QWENVL_DATA WANDB_PROJECT WANDB_NAME WANDB_MODE)
 say() { echo "launch/xpk.sh: $*" >&2; }
 fail() { say "$*"; exit 2; }
 usage() { sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
@@ -48,10 +53,14 @@ given IMAGE europe-docker.pkg.dev/PROJECT/REPOSITORY/qwenvl_jax
 # A pod's disk goes with it.
 [[ " $* " == *" --out gs://"* || " $* " == *" --out=gs://"* ]] || fail "give --out gs://BUCKET/DIR: pods share no disk"
 read -ra flags <<<"${XPK_FLAGS:-}"
+environment=()
+for variable in "${passed[@]}"; do
+  [[ -z "${!variable:-}" ]] || environment+=(--env="$variable=${!variable}")
+done
 # XPK starts a run again after statuses from 127 on, which signals leave; 1 is that of a process whose others are gone.
 xpk workload create --workload="$NAME" "${at[@]}" --tpu-type="$TYPE" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" \
   --max-restarts="${RESTARTS:-100}" --restart-on-exit-codes=1 \
-  --termination-grace-period-seconds="${GRACE_SECONDS:-300}" "${flags[@]}" \
+  --termination-grace-period-seconds="${GRACE_SECONDS:-300}" "${environment[@]}" "${flags[@]}" \
   --command="qwenvl-jax train$(printf ' %q' "$@")" ||
   fail "xpk says above why; what may be left of it: CLUSTER=$CLUSTER launch/xpk.sh list, and delete"
 say "it is paid for until it ends, or until: NAME=$NAME CLUSTER=$CLUSTER launch/xpk.sh delete"

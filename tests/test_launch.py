@@ -111,6 +111,11 @@ def test_all_processes_are_told_to_stop(tmp_path):
     assert done.stderr.count("ended with status 130") == 2
 
 
+def test_a_stop_between_two_lives_is_not_forgotten(tmp_path):
+    done = _several(tmp_path, "(sleep 1; kill -TERM $PPID) & exit 1", PROCESSES="1", PAUSE_SECONDS="2")
+    assert (done.returncode, (tmp_path / "lives-").read_text().count("\n")) == (1, 1)
+
+
 def test_a_number_of_processes_that_is_none(tmp_path):
     done = _several(tmp_path, "exit 0", PROCESSES="two")
     assert (done.returncode, done.stderr) == (

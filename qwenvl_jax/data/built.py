@@ -10,17 +10,18 @@ A record is the line of the file that it came from, byte for byte, so that it is
 the same. ffmpeg reads files, not bytes: that is why media are taken out of the data set before they are decoded.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qwenvl_jax.data.sources import JoinedSources, Reading, Record, Source, join, read_record
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import DataError, SourceError
 
 MEDIA, MEDIA_CACHE, PROCESSOR, QUARANTINE = "media", "media-cache", "processor", "quarantine.jsonl"
 SPLIT = "train"
@@ -29,6 +30,8 @@ INFO = "dataset_info.json"  # tfds's own
 TITLES = {"records": "qwenvl_records", "media": "qwenvl_media"}
 # What we say of a data set stands in tfds's own file of metadata.
 METADATA, OURS, VERSION = "metadata.json", "qwenvl_jax", 1
+# How array_record tells of bytes that are not what was written, and what it adds if then no record can be read.
+_CORRUPT, _ALL_OF_IT = "Corrupted Riegeli/records file", "Failed to read "
 
 
 def import_tfds() -> Any:
@@ -100,8 +103,9 @@ class BuiltSource:
       reading: how its records become conversations.
 
     Raises:
-      DataError: the folder is not such a data set, or is damaged, or tensorflow-datasets is not installed; a record
-        cannot be read (raised on access, naming the file and the line that it came from).
+      DataError: the folder is not such a data set, or tensorflow-datasets is not installed; a record is damaged, or
+        none (raised on access, naming its number or the file and the line that it came from).
+      SourceError: the folder cannot be read, or its media not be written into files (raised on access, too).
     """
 
     def __init__(self, folder: str | os.PathLike, reading: Reading):
@@ -133,7 +137,12 @@ class BuiltSource:
         def place(path: str) -> str:
             return places.get(join(origin, path), join(origin, path))
 
-        record = read_record(text, where, number, place, self._fetching(inside))
+        try:
+            record = read_record(text, where, number, place, self._fetching(inside))
+        except DataError as error:
+            if isinstance(error.__cause__, SourceError):  # media could not be fetched to look at
+                raise error.__cause__ from None
+            raise
         return dataclasses.replace(
             record,
             known=known,
@@ -158,24 +167,45 @@ class BuiltSource:
         return str(self.folder / MEDIA_CACHE / (medium.digest + Path(path).suffix))
 
     def _fetch(self, inside: dict[str, Embedded]) -> None:
-        """Writes the embedded media of a record that are not there yet into files, each whole or not at all."""
+        """Writes the embedded media of a record that are not there yet into files, each whole or not at all.
+
+        Raises:
+          DataError: a medium is damaged.
+          SourceError: media cannot be read, or not be written.
+        """
         for path, medium in inside.items():
             target = Path(self._place(path, medium))
-            if target.is_file() and target.stat().st_size == medium.size:
-                continue
-            data = read_item(self._media, medium.index, self.folder / MEDIA)["data"]
             try:
+                if target.is_file() and target.stat().st_size == medium.size:
+                    continue
+                data = read_item(self._media, medium.index, self.folder / MEDIA)["data"]
                 target.parent.mkdir(exist_ok=True)
-                with tempfile.NamedTemporaryFile(
-                    dir=target.parent, prefix=f".{target.stem[:8]}.", delete=False
-                ) as file:
+                with written_whole(target) as file:
                     file.write(data)
-                os.replace(file.name, target)
             except OSError as error:
-                raise DataError(
+                raise SourceError(
                     f"{target.parent}: embedded media are decoded from files in this folder, which cannot be written "
-                    f"({error.strerror}); copy the data set to a place that can, or build it with --reference-media."
+                    f"({error.strerror}); make room or give leave, copy the data set to a place that can, or build it "
+                    "with --reference-media."
                 ) from error
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Gives a file to fill, which becomes `path` when all went well; otherwise nothing is left of it.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:8]}.", delete=False) as file:
+        try:
+            yield file
+            file.close()  # which tells, too, that there is no room
+            os.replace(file.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+            raise
 
 
 def embedded_states(media: Iterable[Embedded]) -> list:
@@ -193,7 +223,8 @@ def open_split(folder: Path) -> Any:
     """The records of a tfds data set, with random access: of its split "train", or of its only one.
 
     Raises:
-      DataError: the folder is damaged, or none of its splits is to be read; tensorflow-datasets is not installed.
+      DataError: none of the folder's splits is to be read; tensorflow-datasets is not installed.
+      SourceError: the folder is damaged.
     """
     tfds = import_tfds()
     try:
@@ -207,7 +238,7 @@ def open_split(folder: Path) -> Any:
             "file_format='array_record' of its builder."
         ) from error
     except Exception as error:  # whatever tfds, protobuf and array_record raise about files that are damaged
-        raise _damaged(folder, error) from error
+        raise _unreadable(folder, error) from error
     raise DataError(
         f"data folder {folder} has the splits {', '.join(splits) or '(none)'}; call the one to train on {SPLIT!r}, or "
         "give tfds.data_source(...) of it."
@@ -218,14 +249,27 @@ def read_item(items: Any, index: int, folder: Path) -> dict[str, Any]:
     """An item of a tfds data set.
 
     Raises:
-      DataError: the folder is damaged.
+      DataError: this item is damaged.
+      SourceError: the folder is damaged, has gone or cannot be read.
     """
     try:
         return items[index]
     except Exception as error:  # array_record raises ValueError and RuntimeError, protobuf its own
-        raise _damaged(folder, error) from error
+        if _is_of_item(error):
+            raise DataError(f"{folder}[{index}] is damaged ({_said(error)}); copy the folder again.") from error
+        raise _unreadable(folder, error) from error
 
 
-def _damaged(folder: Path, error: Exception) -> DataError:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return DataError(f"data folder {folder} cannot be read ({said}); copy it again, or build it again.")
+def _is_of_item(error: Exception) -> bool:
+    """Whether an item could not be read for what it is itself, and others can."""
+    if isinstance(error, RuntimeError):  # of array_record, about its file
+        return str(error).startswith(_CORRUPT) and _ALL_OF_IT not in str(error)
+    return not isinstance(error, OSError | MemoryError)  # bytes that came, but are not such an item
+
+
+def _unreadable(folder: Path, error: Exception) -> SourceError:
+    return SourceError(f"data folder {folder} cannot be read ({_said(error)}); copy it again, or build it again.")
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

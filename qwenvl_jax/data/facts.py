@@ -19,7 +19,7 @@ from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.packing import Modality, SampleFacts
 from qwenvl_jax.data.pooling import Pool
 from qwenvl_jax.data.sources import Record, Source, media_paths
-from qwenvl_jax.errors import DataError, QwenVLError
+from qwenvl_jax.errors import DataError, QwenVLError, SourceError
 
 # Data of more records is measured by `qwenvl-jax data build`, not before training, unless a run allows it.
 MEASURE_AT_MOST = 100_000
@@ -107,6 +107,8 @@ def _check_known(source: Source, processor_key: str, known: Mapping[str, list], 
     for index in range(len(source)):
         try:
             record = source[index]
+        except SourceError:
+            raise
         except QwenVLError:
             continue  # it is told with the others that cannot be read
         key = sample_key(record, processor_key)
@@ -156,11 +158,16 @@ def measure_numbers(
       numbers: which.
       processor, processor_key: see `measure_each`.
       known: entries found earlier, by key.
+
+    Raises:
+      SourceError: the source itself cannot be read.
     """
 
     def measure(index: int) -> Measured | Failure:
         try:
             record = source[index]
+        except SourceError:  # no fault of the record
+            raise
         except QwenVLError as error:
             return Failure(f"record {index}", str(error))
         name = f"{record.where} ({record.id})"
@@ -173,6 +180,8 @@ def measure_numbers(
             if record.fetch is not None:
                 record.fetch()
             facts = processor.measure(record.messages, **record.options)
+        except SourceError:
+            raise
         except QwenVLError as error:
             return Failure(name, f"{record.where}: {error}")
         # Equal frames follow each other.

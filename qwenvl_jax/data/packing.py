@@ -297,6 +297,13 @@ class Plan:
     def __getitem__(self, step: int) -> tuple[tuple[int, ...], ...]:
         return self._planned(step).rows
 
+    def rows_after(self, state: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
+        """The step that follows from a `state`: `self[state["step"]]`, but no step before it is planned for that."""
+        with self._lock:
+            if state["step"] in self._recent:
+                return self._recent[state["step"]].rows
+            return self._plan(_Place.of_json(state)).rows
+
     def state(self, step: int) -> dict[str, Any]:
         """What a plan goes on from after its first `step` steps; plain values, for JSON."""
         return (self._planned(step - 1).after if step else self._places[0]).to_json()

@@ -11,8 +11,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
-import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import numpy as np
 from absl import flags
 
 from qwenvl_jax.batch import Batch
+from qwenvl_jax.data.built import written_whole
 from qwenvl_jax.data.classes import classes_of
 from qwenvl_jax.data.collate import collate
 from qwenvl_jax.data.facts import file_state
@@ -36,6 +38,10 @@ from qwenvl_jax.errors import ConfigError, DataError, QwenVLError, SourceError
 from qwenvl_jax.flops import Work
 
 _NAMED = 20  # samples that an error names
+_log = logging.getLogger(__name__)
+# Folders of decoded media that could not be written, each told once in a process.
+_unwritten: set[Path] = set()
+_telling = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +103,8 @@ class SampleCache:
       source: of the records.
       processor: its `sample(conversation, read=..., **options)` makes a `Sample`.
       kept: what keeps them, as far as they fit.
-      folder: where decoded media are kept across runs, one file each; None keeps none.
+      folder: where decoded media are kept across runs, one file each; None keeps none. That it cannot be written is
+        told once, and costs no sample.
       processor_key: a hash of the processor's settings, part of those files' names.
     """
 
@@ -142,6 +149,8 @@ class SampleCache:
             if record.fetch is not None:
                 record.fetch()
             sample = self._processor.sample(record.messages, read=read, **record.options)
+        except SourceError:  # no fault of the sample
+            raise
         except (QwenVLError, OSError) as error:  # a file that has gone, too
             raise DataError(f"{record.where}: {error}") from error
         digest = hashlib.sha256()
@@ -166,16 +175,34 @@ def _media_key(part: dict, processor_key: str) -> str:
 
 
 def _on_disk(path: Path, decode: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array in a file; decoded, and written whole or not at all, if it is missing or damaged."""
+    """The array in a file; decoded, and written whole or not at all, if it is missing or damaged.
+
+    A file that cannot be written is told, and the array is none the worse.
+    """
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         array = decode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}.", delete=False) as file:
-        np.save(file, array)
-    os.replace(file.name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as file:
+            np.save(file, array)
+    except OSError as error:
+        _tell_unwritten(path.parent, error)
     return array
+
+
+def _tell_unwritten(folder: Path, error: OSError) -> None:
+    with _telling:
+        if folder in _unwritten:
+            return
+        _unwritten.add(folder)
+    _log.warning(
+        "data.cache_dir=%s cannot be written (%s): media that it lacks are decoded each time they are wanted; make "
+        "room or give leave there.",
+        folder,
+        error.strerror or error,
+    )
 
 
 class BatchLoader:

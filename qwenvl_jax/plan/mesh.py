@@ -109,7 +109,7 @@ def _splits(model: QwenVLConfig, share: int, context: int, experts: int) -> Iter
             return
         expert = max(size for size in _powers(_EXPERTS) if share // copies % size == 0 and experts % size == 0)
         sizes = {"fsdp": share // copies // expert, "expert": expert, "context": context}
-        mesh = MeshConfig(data=copies, **sizes, rules="zero")
+        mesh = MeshConfig(data=copies, fsdp=sizes["fsdp"], expert=expert, context=context, rules="zero")
         split = math.prod(sizes.values())
         if both % split == 0:
             yield mesh

@@ -25,6 +25,7 @@ Storage = Literal["none", "nf4", "int4", "int8"]
 # Settings that say how a run is carried out, not what it computes.
 RUNTIME_FIELDS = frozenset(
     {
+        "abort_after",
         "cache_bytes",
         "cache_dir",
         "threads",
@@ -259,7 +260,7 @@ class GuardConfig:
       max_grad_norm: a gradient of a larger global norm is left out; 0 for no bound.
       spike: a gradient of more than so many times the running mean norm is left out; 0 for no bound.
       spike_after: steps before `spike` counts.
-      abort_after: the run ends when a stage has left out more steps than this.
+      abort_after: the run ends when a stage has left out more steps than this; with a larger one it goes on.
     """
 
     max_loss: float = 0.0

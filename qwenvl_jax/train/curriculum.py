@@ -52,10 +52,17 @@ class Stage:
     samples: int
     failures: tuple[Failure, ...]
 
-    def samples_of(self, step: int) -> list[str]:
-        """Names of the samples in step `step` of the run."""
-        plan = self.loader.plan
-        return [plan.facts[entry].name for row in plan[step - 1 - self.begin] for entry in row]
+    def samples_of(self, step: int, before: str = "") -> list[str]:
+        """Names of the samples in step `step` of the run.
+
+        Args:
+          before: state of the plan before that step (`PlannedBatch.state` of the one before), if known. Without, all
+            steps are planned from the nearest that is remembered, which takes hours where that is far.
+        """
+        plan, number = self.loader.plan, step - 1 - self.begin
+        state = json.loads(before) if before else {"step": None}
+        rows = plan.rows_after(state) if state["step"] == number else plan[number]
+        return [plan.facts[entry].name for row in rows for entry in row]
 
     @property
     def classes(self) -> tuple[SampleClass, ...]:

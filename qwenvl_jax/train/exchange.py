@@ -15,6 +15,8 @@ from qwenvl_jax.flops import Work
 from qwenvl_jax.train.pace import Pace
 from qwenvl_jax.train.processes import Processes, first_of_each
 
+_LATE_SECONDS = 60.0
+
 
 class Exchange:
     """Passes the batches of this process on, with what the other processes know of theirs.
@@ -27,8 +29,8 @@ class Exchange:
 
     def __init__(self, processes: Processes, part: int, say: Callable[[str], None]):
         self._processes, self._say = processes, say
-        parts = [int(text) for text in processes.gather("parts", str(part))]
-        self._givers = first_of_each(parts)
+        self._parts = [int(text) for text in processes.gather("parts", str(part))]
+        self._givers = first_of_each(self._parts)
         self._notes: list[str] = []
         self.pace = Pace(say)
 
@@ -46,6 +48,10 @@ class Exchange:
           stage: its name.
           done: steps of the run done before the first batch.
           batches: the parts that this process makes; closed with this.
+
+        Raises:
+          RuntimeError: processes that make the same part made it differently. It is no mistake of the settings, and
+            what was wrong with one of them may be over when the run is started again.
         """
         began, idle = None, 0.0
         try:
@@ -69,16 +75,35 @@ class Exchange:
                 }
                 self._notes = []
                 began = asked
-                records = [json.loads(text) for text in self._processes.gather(f"step/{done}", json.dumps(record))]
+                late = _Late(self._say, f"{stage} step {done}")
+                gathered = self._processes.gather(f"step/{done}", json.dumps(record), late.tell)
+                records = [json.loads(text) for text in gathered]
                 # All have begun this step, so all have read what was said before the one before.
                 self._processes.forget(f"step/{done - 1}")
                 idle = time.monotonic() - now
+                self._check_alike(done, records)
                 if self._processes.index == 0:
                     self._tell(records)
                     self.pace.add(stage, done, records)
                 yield self._whole(planned, [records[giver] for giver in self._givers])
         finally:
             batches.close()  # type: ignore[attr-defined]  # Grain's iterators and ours have it
+
+    def _check_alike(self, step: int, records: list[dict]) -> None:
+        """Refuses a part that processes share and did not make alike: their devices would compute on different rows."""
+        for index, (part, record) in enumerate(zip(self._parts, records, strict=True)):
+            giver = self._parts.index(part)
+            if record["rows"] != records[giver]["rows"]:
+                failed = [
+                    f"process {one}: {Failure(*values).reason}"
+                    for one in (giver, index)
+                    for values in records[one]["failed"]
+                ]
+                raise RuntimeError(
+                    f"step {step}: processes {giver} and {index} hold the same rows of a batch and made them "
+                    f"differently ({'; '.join(failed) or 'all samples could be read'}); both must read the same data. "
+                    "Start the run again: it goes on after its last checkpoint."
+                )
 
     def _tell(self, records: list[dict]) -> None:
         for index, record in enumerate(records):
@@ -95,3 +120,21 @@ class Exchange:
             failed=tuple(Failure(*values) for record in records for values in record["failed"]),
             work=sum((Work(**record["work"]) for record in records), Work()),
         )
+
+
+class _Late:
+    """Names a process that the others wait for, after a minute and then after twice as long each time.
+
+    It is there, since a run ends with a process that dies: stuck in reading, or its devices in a step.
+    """
+
+    def __init__(self, say: Callable[[str], None], where: str):
+        self._say, self._where, self._next = say, where, _LATE_SECONDS
+
+    def tell(self, index: int, seconds: float) -> None:
+        if seconds >= self._next:
+            self._next *= 2
+            self._say(
+                f"{self._where}: process {index} has been waited for {seconds:.0f} s, with its batch or with the step "
+                "before it; what it does, `py-spy dump` on its host tells"
+            )

@@ -168,7 +168,7 @@ class _Run:
         settings = fingerprint(dataclasses.replace(config, model=shape, processor=""))
         run_folder.check(folder, settings)
         multiple = Execution(self.mesh, self.rules).split("vision_rows")
-        host, hosts = row_share(self.mesh)
+        host, hosts = row_share(self.mesh, self.rules)
         self.exchange = Exchange(processes, host, self.say)
         placed = {"host": host, "hosts": hosts}
         self.stages = prepare_stages(config, self.processor, self.say, vision_rows_multiple=multiple, **placed)
@@ -194,6 +194,7 @@ class _Run:
         metrics = MetricsLog(self.out / "metrics.jsonl", done)
         planned = [(stage.config.name, failure) for stage in self.stages for failure in stage.failures]
         self.quarantine = Quarantine(self.out, planned, done)
+        self._before: dict[int, str] = {}
         devices = list(self.mesh.devices.flat)
         self.timings = TimingLog(self.out / "timings.jsonl", done, started=first_start(self.out), devices=devices)
         # One process tells of all.
@@ -258,6 +259,8 @@ class _Run:
                 compiled = self._compile(stage, state, frozen, batch)
             with self.profiler.step(done + 1):
                 state, output = compiled(state, frozen, batch)
+            # How the plan went on before the steps whose lines may not be written yet: this and the one before it.
+            self._before = {done + 1: plan} | {step: state for step, state in self._before.items() if step == done}
             done, plan = done + 1, planned.state
             self.timings.paused(self.profiler.done(done, output))
             line = {"step": done, "tokens": planned.tokens, "batch": planned.hash, "stage": stage.config.name}
@@ -344,15 +347,16 @@ class _Run:
         if not line.get("skipped"):
             return
         stage = next(stage for stage in self.stages if stage.config.name == line["stage"])
-        samples = ", ".join(stage.samples_of(line["step"]))
+        samples = ", ".join(stage.samples_of(line["step"], self._before.get(line["step"], "")))
         figures = f"loss {line['loss']}, gradient norm {line['grad_norm']}"
         self.say(f"step {line['step']}: left out, weights stay as they were: {figures}; its samples: {samples}")
         bound = stage.config.guard.abort_after
         if line["skipped"] > bound:
             raise DataError(
                 f"stage {line['stage']}, step {line['step']}: {line['skipped']} steps were left out, more than "
-                f"guard.abort_after={bound} ({figures}); look at the samples named in train.log, lower the learning "
-                "rate, or raise the bound."
+                f"guard.abort_after={bound} ({figures}); look at the samples named in train.log. Raise "
+                "guard.abort_after to go on in this folder; with other data, another learning rate or other bounds the "
+                "run begins anew, in another output folder."
             )
 
     def _compile(self, stage: Stage, state, frozen, batch):

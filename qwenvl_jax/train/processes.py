@@ -6,6 +6,7 @@ to: each method then returns at once.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -157,23 +158,32 @@ class Processes:
         """Publishes a text under a name; what was there is replaced."""
         self._client.key_value_set(f"{self._scope}/{name}", text, allow_overwrite=True)
 
-    def get(self, name: str) -> str:
-        """What is published under a name; waits for it."""
+    def get(self, name: str, waiting: Callable[[float], None] = lambda seconds: None) -> str:
+        """What is published under a name; waits for it, and says now and then for how long."""
+        began = time.monotonic()
         while True:
             try:
                 return self._client.blocking_key_value_get(f"{self._scope}/{name}", _PIECE_MS)
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
+            waiting(time.monotonic() - began)
 
-    def gather(self, name: str, text: str) -> list[str]:
-        """The texts of all processes in order; waits until each has given its own. A name is used once."""
+    def gather(
+        self, name: str, text: str, waiting: Callable[[int, float], None] = lambda index, seconds: None
+    ) -> list[str]:
+        """The texts of all processes in order; waits until each has given its own. A name is used once.
+
+        Args:
+          waiting: told, in process 0, which process is waited for, and for how many seconds, again and again.
+        """
         if self.count == 1:
             return [text]
         if self.index:
             self.put(f"{name}/{self.index}", text)
             return json.loads(self.get(f"{name}/all"))
-        texts = [text, *(self.get(f"{name}/{index}") for index in range(1, self.count))]
+        others = range(1, self.count)
+        texts = [text, *(self.get(f"{name}/{index}", functools.partial(waiting, index)) for index in others)]
         self.put(f"{name}/all", json.dumps(texts))
         return texts
 

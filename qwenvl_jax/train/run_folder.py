@@ -21,6 +21,7 @@ adapter/         what a run with adapters learnt, in PEFT's format
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -41,6 +42,8 @@ from qwenvl_jax.train.refusals import naming, refusal
 _STORES = ("gs", "s3")
 # Files whose presence says that a folder is whole.
 _LAST = ("config.json", "adapter_config.json")
+# How systems answer when a file is locked already; otherwise it is not locks by others that are in the way.
+_HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 # What has a folder of its own for each kind and is never looked at again.
 _KEPT_THERE = ("checkpoints", "model", "adapter")
 
@@ -248,7 +251,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds the folder (made if missing) against other processes; the system frees it when this one dies.
 
     Raises:
-      ConfigError: the folder cannot be made, or another process holds it.
+      ConfigError: the folder cannot be made, another process holds it, or its file system has no locks.
 
     A folder that was made here is removed again if a mistake of the user ends the run before it began.
     """
@@ -262,8 +265,16 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in _HELD:
+                raise ConfigError(
+                    f"output folder {folder} is in use by another process; wait for it, or choose another folder."
+                ) from error
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)
             raise ConfigError(
-                f"output folder {folder} is in use by another process; wait for it, or choose another folder."
+                f"output folder {folder} cannot be locked against other processes: its file system says "
+                f"{error.strerror}; have it mounted with locks (Lustre: -o flock; NFS: with its lock service running), "
+                "or choose a folder on another file system."
             ) from error
         try:
             yield

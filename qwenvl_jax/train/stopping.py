@@ -4,9 +4,12 @@ import contextlib
 import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 from qwenvl_jax.train.processes import Processes
+
+_ONE_WISH_SECONDS = 5.0
 
 
 class Stop:
@@ -72,7 +75,11 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(processes: Processes) -> Iterator[Stop]:
-    """A `Stop` that SIGTERM or Ctrl-C asks for; the second such signal acts as if nobody listened."""
+    """A `Stop` that SIGTERM or Ctrl-C asks for; the second such signal acts as if nobody listened.
+
+    SIGTERM within seconds of the first signal is the same wish once more: a machine that shuts down sends it to a
+    launcher, which passes it on, and to the process itself.
+    """
     stop = Stop(processes)
     with processes.watched("stop", stop.agree):
         # Python lets the main thread alone listen.
@@ -83,8 +90,16 @@ def stop_signals(processes: Processes) -> Iterator[Stop]:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-        def request(*_):
-            restore()
+        asked: list[float] = []
+
+        def request(number: int, _):
+            now = time.monotonic()
+            if asked:
+                if number != signal.SIGTERM or now - asked[0] > _ONE_WISH_SECONDS:
+                    restore()
+                    signal.raise_signal(number)
+                return
+            asked.append(now)
             # Elsewhere than in the handler, which may have interrupted whoever holds the lock.
             threading.Thread(target=stop.ask, daemon=True, name="stop").start()
 

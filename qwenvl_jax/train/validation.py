@@ -178,7 +178,10 @@ class Validation:
         sums: list[tuple[jax.Array, jax.Array]] = []
         for number in range(one.batches):
             _go_on_unless(stop)
-            batch = shard_batch(one.loader(number).batch, self._parts.mesh, self._parts.rules)
+            planned = one.loader(number)
+            for failure in planned.failed:
+                self._say(f"{stage.config.name}: validation of {one.name}: left out: {failure.reason}")
+            batch = shard_batch(planned.batch, self._parts.mesh, self._parts.rules)
             if self._compiled is None or self._compiled[0] != stage.index:
                 evaluate = jax.jit(make_evaluation(self._parts, stage.config))
                 self._compiled = stage.index, evaluate.lower(params, batch).compile()

@@ -1,8 +1,10 @@
 """`qwenvl-jax data build`: what it writes is read by tensorflow-datasets, and trains as the files that it came from."""
 
 import dataclasses
+import errno
 import json
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ from qwenvl_jax.data import build as build_module
 from qwenvl_jax.data import building as building_module
 from qwenvl_jax.data.build import build
 from qwenvl_jax.data.building import Building
-from qwenvl_jax.data.built import BuiltSource
+from qwenvl_jax.data.built import BuiltSource, read_item
 from qwenvl_jax.data.facts import facts_digest, measure_each, processor_key
 from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.kept import Kept
@@ -26,7 +28,7 @@ from qwenvl_jax.data.packing import BatchShape, Plan
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.data.sources import Reading, Subset, open_source
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import ConfigError, DataError, SourceError
 from qwenvl_jax.train.curriculum import prepare_stages
 from tests.tiny import tiny_processor_folder
 from tests.train.tiny_run import ROOT, tiny_config, write_records, write_tiny_run
@@ -246,6 +248,75 @@ def test_inspect_and_stats_take_its_processor(files, model, tmp_path, capsys):
     assert (stats["records"], stats["usable"], stats["videos"], stats["images"]) == (6, 6, 4, 1)
     key = processor_key(Processor.from_pretrained(tmp_path / "built/processor"))
     assert key == BuiltSource(tmp_path / "built", Reading()).processor_key
+
+
+def test_what_storage_does_is_no_failure_of_a_record(files, model, tmp_path):
+    """Media that cannot be written out, and shards that have gone, stop a run; a damaged record is only left out."""
+    processor, built = Processor.from_pretrained(model), tmp_path / "built"
+    build(files, built, model=str(model), embed_media=True, max_failed=0.2)
+    source = open_source(built, Reading.of(processor))
+    facts = tuple(one for one in measure_each(source, processor, processor_key=processor_key(processor)))
+
+    def step(source):
+        samples = SampleCache(source, processor, kept=Kept(0))
+        return BatchLoader(Plan(facts, SHAPE, seed=0), samples, processor)(0)
+
+    whole = step(source)
+    assert not whole.failed
+    shutil.rmtree(built / "media-cache")
+    (built / "media-cache").write_text("")
+    refused = r"media-cache: embedded media are .* cannot be written \(.*\); make room or give leave"
+    # The clip of the last record, with boxes in pixels, is looked at as the record is read.
+    for fails in (lambda: source[1].fetch(), lambda: source[5], lambda: step(source)):
+        with pytest.raises(SourceError, match=refused):
+            fails()
+    (built / "media-cache").unlink()
+    assert step(source).hash == whole.hash
+
+    (shard,) = built.glob("*.array_record-*")
+    data = shard.read_bytes()
+    shard.rename(tmp_path / "away")
+    with pytest.raises(SourceError, match=r"built cannot be read \(open\(\) failed: No such file .*copy it again"):
+        step(open_source(built, Reading.of(processor)))
+
+    def damaged(frame: int):
+        # Two frames of zstd to a record, then those that tell where records lie.
+        at = [found.start() for found in re.finditer(re.escape(b"\x28\xb5\x2f\xfd"), data)][frame] + 8
+        shard.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+        return open_source(built, Reading.of(processor))
+
+    with pytest.raises(SourceError, match=r"built cannot be read \(Corrupted .*copy it again"):
+        damaged(-1)[1]
+    source = damaged(2)
+    for index in range(6):
+        if index == 1:
+            with pytest.raises(DataError, match=r"built\[1\] is damaged \(Corrupted .*copy the folder again") as caught:
+                source[index]
+            assert not isinstance(caught.value, SourceError)
+        else:
+            assert source[index].id
+
+
+@pytest.mark.parametrize(
+    ("error", "of_item"),
+    [
+        (RuntimeError("Corrupted Riegeli/records file: chunk data hash mismatch (...), chunk at 9; at byte 90"), True),
+        (RuntimeError("Corrupted Riegeli/records file: ...; Failed to read RiegeliPostscript"), False),
+        (RuntimeError("read() failed: Input/output error; reading a; at byte 90"), False),
+        (RuntimeError("open() failed: Permission denied; opening a"), False),
+        (OSError(errno.ESTALE, "Stale file handle"), False),
+        (ValueError("bytes that are no such message"), True),
+    ],
+)
+def test_whose_fault_an_item_is_that_cannot_be_read(tmp_path, error, of_item):
+    class Items:
+        def __getitem__(self, index):
+            raise error
+
+    with pytest.raises(DataError) as caught:
+        read_item(Items(), 7, tmp_path)
+    assert isinstance(caught.value, SourceError) != of_item
+    assert str(tmp_path) in str(caught.value)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -5,19 +5,21 @@ import concurrent.futures
 import dataclasses
 import json
 import re
+import resource
 import threading
 
 import jax
 import numpy as np
 import pytest
 
+from qwenvl_jax.data import pipeline
 from qwenvl_jax.data.facts import facts_digest, measure_source, processor_key
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import BatchShape, Plan
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.data.sources import JsonlSource, open_source
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import ConfigError, DataError, SourceError
 from tests.tiny import tiny_processor_folder
 
 SHAPE = BatchShape(rows=2, length=160, vision=((8, 24),))
@@ -301,6 +303,56 @@ def test_media_kept_on_disk(data, processor, tmp_path):
     assert load(counting).digest == first.digest
     assert len(counting.decoded) == 2
     assert list(folder.iterdir()) == [file]
+
+
+def test_a_cache_on_disk_that_cannot_be_written_costs_no_sample(data, processor, tmp_path, caplog):
+    """The batches are those of a run without it, and it is told once."""
+    source, folder = JsonlSource(data), tmp_path / "file" / "cache"
+    (tmp_path / "file").write_text("no folder")
+    samples = SampleCache(source, processor, kept=Kept(0), folder=folder, processor_key="key")
+    loader = BatchLoader(Plan(measure_source(source, processor), SHAPE, seed=0), samples, processor)
+    planned = [loader(step) for step in range(3)]
+    assert not any(step.failed for step in planned)
+    assert [step.hash for step in planned] == [loader_of(source, processor)(step).hash for step in range(3)]
+    (line,) = caplog.messages
+    assert line.startswith(f"data.cache_dir={folder} cannot be written (Not a directory): media that it lacks")
+
+
+def test_what_found_no_room_in_the_cache_leaves_nothing_there(tmp_path, caplog):
+    array, path = np.arange(100_000), tmp_path / "cache" / "key.npy"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert pipeline._on_disk(path, lambda: array) is array
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(path.parent.iterdir()) == []
+    assert "cannot be written (File too large)" in caplog.text
+    assert pipeline._on_disk(path, lambda: array) is array
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_source_that_cannot_be_read_is_no_failure_of_a_sample(data, processor):
+    """Whether it is found as the record is read, or as its media are fetched."""
+    source = JsonlSource(data)
+
+    class Fetching:
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            return dataclasses.replace(source[index], fetch=self.fetch)
+
+        def fetch(self):
+            raise SourceError("the disk has gone")
+
+    facts = measure_source(source, processor)
+    loader = BatchLoader(Plan(facts, SHAPE, seed=0), SampleCache(Fetching(), processor, kept=Kept(0)), processor)
+    with pytest.raises(SourceError, match="the disk has gone"):
+        loader(0)
+    data.unlink()
+    with pytest.raises(SourceError, match="cannot be read any more"):
+        BatchLoader(loader.plan, SampleCache(source, processor, kept=Kept(0)), processor)(0)
 
 
 def test_errors_reach_the_caller_by_name(data, processor):

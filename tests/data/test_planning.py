@@ -87,3 +87,17 @@ def test_a_step_is_a_function_of_its_number(plan, stop, random):
     resumed.resume(json.loads(json.dumps(plan.state(stop))))
     assert [resumed[n] for n in range(stop, STEPS)] == steps[stop:]
     assert resumed.state(STEPS) == plan.state(STEPS)
+
+
+@settings(max_examples=20, deadline=None)
+@given(plans(), st.integers(1, STEPS - 1))
+def test_a_step_alone_from_the_state_before_it(plan, number):
+    """Nothing before it is planned, and what the plan does next is what it would have done."""
+    states = [json.loads(json.dumps(plan.state(n))) for n in range(STEPS)]
+    steps = [plan[n] for n in range(STEPS)]
+    fresh = plan.reshaped(plan.shape)
+    planned, plan_one = [], fresh._plan
+    fresh._plan = lambda place: planned.append(place.step) or plan_one(place)
+    assert fresh.rows_after(states[number]) == steps[number] and planned == [number]
+    assert [fresh[n] for n in range(STEPS)] == steps and planned == [number, *range(STEPS)]
+    assert fresh.rows_after(states[number]) == steps[number] and len(planned) == 1 + STEPS

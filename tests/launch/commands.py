@@ -4,6 +4,18 @@ import os
 import subprocess
 from pathlib import Path
 
+# What the scripts for TPUs pass on, if it is set.
+PASSED = (
+    "LIBTPU_INIT_ARGS",
+    "XLA_FLAGS",
+    "JAX_COMPILATION_CACHE_DIR",
+    "QWENVL_DATA",
+    "WANDB_PROJECT",
+    "WANDB_NAME",
+    "WANDB_MODE",
+)
+_OURS = ("NAME", "ZONE", "TYPE", "IMAGE", "PROJECT", "WANDB_API_KEY", *PASSED)
+
 
 class Commands:
     """A folder with stand-ins, which scripts run by `run` find first.
@@ -28,9 +40,12 @@ class Commands:
         return [line.replace("'", "") for line in file.read_text().splitlines()] if file.exists() else []
 
     def run(self, script: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
-        """Runs a script with these variables and without those of ours that happen to be set."""
-        ours = ("NAME", "ZONE", "TYPE", "IMAGE", "PROJECT")
-        given = {name: value for name, value in os.environ.items() if name not in ours}
-        given["PATH"] = f"{self.folder}:{given['PATH']}"
+        """Runs a script in `environment`."""
         command = [str(script), *map(str, arguments)]
-        return subprocess.run(command, env=given | variables, capture_output=True, text=True, check=False, timeout=60)
+        given = self.environment(**variables)
+        return subprocess.run(command, env=given, capture_output=True, text=True, check=False, timeout=60)
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        """These variables, the stand-ins first on the path, and none of ours that happens to be set."""
+        given = {name: value for name, value in os.environ.items() if name not in _OURS}
+        return given | {"PATH": f"{self.folder}:{given['PATH']}"} | variables

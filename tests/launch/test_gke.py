@@ -5,13 +5,17 @@ import re
 import pytest
 import yaml
 
-from tests.launch.commands import Commands
+from tests.launch.commands import PASSED, Commands
 from tests.train.tiny_run import ROOT
 
 GKE, XPK = ROOT / "launch/gke.sh", ROOT / "launch/xpk.sh"
 TPUS = {"NAME": "qwen", "IMAGE": "repo/qwenvl_jax", "ACCELERATOR": "tpu-v5p-slice", "TOPOLOGY": "4x4x4"}
 CLUSTER = {"NAME": "qwen", "IMAGE": "repo/qwenvl_jax", "CLUSTER": "mine", "TYPE": "v5p-128"}
 RUN = ("configs/demo/s1.py", "--out", "gs://bucket/run")
+
+
+# Values that YAML, shells and the script itself could take apart.
+ODD = {name: f"--{name} --b='c d' \"e\" \\ ${{ARGUMENTS}} & f: #g" for name in PASSED}
 
 
 @pytest.fixture
@@ -47,6 +51,27 @@ def test_what_is_sent_is_one_job_set(commands, tmp_path):
     assert "32 pods are asked for" in done.stderr
     assert "until: NAME=qwen NAMESPACE=lab launch/gke.sh delete" in done.stderr
     assert "${" not in (tmp_path / "sent").read_text().split("apiVersion", 1)[1].replace("${NAME} & c", "")
+
+
+def test_variables_are_passed_to_pods(commands):
+    """Those of the list that are set, whole, and no secrets."""
+    mine = {"name": "PYTHONUNBUFFERED", "value": "1"}
+    for given in ({}, {"LIBTPU_INIT_ARGS": "--a=1 --b=2"}, ODD):
+        done = commands.run(GKE, "print", *RUN, "--name", "${ENVIRONMENT}", **TPUS, **given, WANDB_API_KEY="secret")
+        job = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]
+        [container] = job["template"]["spec"]["containers"]
+        assert container["env"] == [mine, *({"name": name, "value": value} for name, value in given.items())]
+        assert container["args"] == [*RUN, "--name", "${ENVIRONMENT}"]
+
+
+def test_variables_are_passed_by_xpk(commands):
+    assert commands.run(XPK, "train", *RUN, **CLUSTER, LIBTPU_INIT_ARGS="--a=1 --b=2", QWENVL_DATA="/d").returncode == 0
+    assert " --env=LIBTPU_INIT_ARGS=--a=1 --b=2 --env=QWENVL_DATA=/d --command=" in commands.calls()[0]
+    # As xpk gets them: one argument each.
+    commands.add("xpk", f'printf "%s\\n" "$@" > {commands.folder}/arguments')
+    assert commands.run(XPK, "train", *RUN, **CLUSTER, **ODD, WANDB_API_KEY="secret").returncode == 0
+    got = (commands.folder / "arguments").read_text().splitlines()
+    assert [line for line in got if line.startswith("--env")] == [f"--env={name}={ODD[name]}" for name in PASSED]
 
 
 def test_a_mistake_is_not_repeated_and_an_interruption_not_counted(commands):

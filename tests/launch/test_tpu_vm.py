@@ -1,13 +1,12 @@
-"""`launch/tpu_vm.sh` over a stand-in for gcloud, whose one host is a folder: what the script does there is done."""
+"""`launch/tpu_vm.sh` over a stand-in for gcloud, whose hosts are folders: what the script does there is done."""
 
-import os
 import shutil
 import signal
 import subprocess
 
 import pytest
 
-from tests.launch.commands import Commands
+from tests.launch.commands import PASSED, Commands
 from tests.train.tiny_run import ROOT
 
 SLICE = {"NAME": "qwen", "ZONE": "us-east5-a", "POLL_SECONDS": "0.2", "SETUP": "true", "PAUSE_SECONDS": "0"}
@@ -15,7 +14,8 @@ TRAIN = ("train", "configs/demo/s1.py", "--out", "gs://bucket/a b")
 AT = "--zone=us-east5-a"
 REMINDER = "to give it back: NAME=qwen ZONE=us-east5-a launch/tpu_vm.sh delete"
 
-# It has the states of a file, the last one for ever; the host does what is asked of it, unless it is deaf.
+# It has the states of a file, the last one for ever; the hosts do what is asked of them, unless they are deaf. As over
+# ssh, they know no variables of the script.
 GCLOUD = """\
 case "$4" in
   describe)
@@ -25,11 +25,19 @@ case "$4" in
     [[ "$state" != REFUSED ]] || {{ echo "ERROR: (gcloud) you are not logged in" >&2; exit 1; }}
     echo "$state" ;;
   create) {create} ;;
-  scp) for argument; do [[ "$argument" != *.tar.gz ]] || cp "$argument" {folder}/host; done ;;
+  scp)
+    for argument; do [[ "$argument" != *.tar.gz ]] || archive=$argument; done
+    for host in {folder}/host*; do cp "$archive" $host; done ;;
   ssh)
     [[ ! -e {folder}/deaf ]] || exit 255
     for argument; do [[ "$argument" != --command=* ]] || asked="${{argument#--command=}}"; done
-    cd {folder}/host && HOME={folder}/host bash -c "$asked" ;;
+    failed=0
+    for host in {folder}/host*; do
+      cd $host && env -i PATH="$PATH" HOME=$host QWENVL_JAX_PYTHON={folder}/python PAUSE_SECONDS=0 bash -c "$asked" ||
+        failed=$?
+      [[ " $* " == *" --worker=all "* ]] || break
+    done
+    exit $failed ;;
 esac
 """
 
@@ -41,9 +49,10 @@ class Slice:
       states: of the resource, as gcloud tells them one after the other.
       python: what qwenvl_jax does on the host, in Bash; it knows how often it was started, as $life.
       create: what gcloud does when it is asked for a slice.
+      hosts: how many it has, the first in the folder "host", then "host-1".
     """
 
-    def __init__(self, folder, states, python="exit 0", create="true"):
+    def __init__(self, folder, states, python="exit 0", create="true", hosts=1):
         self.folder, self.script = folder, folder / "project" / "launch" / "tpu_vm.sh"
         for name in ("launch", ".venv", "runs"):
             (folder / "project" / name).mkdir(parents=True)
@@ -52,18 +61,19 @@ class Slice:
         self.commands = Commands(folder / "bin")
         self.commands.add("gcloud", GCLOUD.format(folder=folder, create=create))
         (folder / "states").write_text("\n".join(states) + "\n")
-        (folder / "host").mkdir()
+        for name in ["host", *(f"host-{index}" for index in range(1, hosts))]:
+            (folder / name).mkdir()
         file = folder / "python"
         file.write_text(f'#!/bin/bash\necho "$@" >> {folder}/lives\nlife=$(wc -l < {folder}/lives)\n{python}\n')
         file.chmod(0o755)
-        self.variables = SLICE | {"TYPE": "v5p-64", "QWENVL_JAX_PYTHON": str(file)}
+        self.variables = SLICE | {"TYPE": "v5p-64"}
 
     def run(self, *arguments, **variables):
         return self.commands.run(self.script, *arguments, **self.variables | variables)
 
     def begin(self, *arguments):
         """The script in a process of its own, when the run has begun."""
-        given = os.environ | self.variables | {"PATH": f"{self.commands.folder}:{os.environ['PATH']}"}
+        given = self.commands.environment(**self.variables)
         process = subprocess.Popen([self.script, *arguments], env=given, stderr=subprocess.PIPE, text=True)
         lines = []
         while "the run is going on" not in (line := process.stderr.readline()):
@@ -162,6 +172,67 @@ def test_train_again_watches_and_stop_stops(tmp_path):
     assert "the run ended with status 130" in second.communicate(timeout=30)[1]
     assert second.returncode == 130
     assert len(one.lives()) == len(one.called("scp")) == 1
+
+
+# A machine that is started anew: the process, what starts it and what waits for that are gone without a word.
+REBOOT = "read -r _ _ _ shell _ < /proc/$PPID/stat; kill -9 $shell $PPID $$"
+
+
+@pytest.mark.parametrize("left", ["what was installed", "nothing"])
+def test_a_host_that_was_started_anew_gets_the_run_again(tmp_path, left):
+    """The first host runs all the while; it is not installed again, nor started."""
+    emptied = f"rm -rf {tmp_path}/host-1/qwenvl_jax;" if left == "nothing" else ""
+    python = (
+        f"host=$(basename $(dirname $PWD)); echo $host >> {tmp_path}/begun\n"
+        f"if [[ $host == host ]]; then until [[ -e {tmp_path}/over ]]; do sleep 0.1; done; exit 0; fi\n"
+        f"(($(grep -c host-1 {tmp_path}/begun) > 1)) || {{ {emptied} {REBOOT}; }}\n"
+        f"touch {tmp_path}/over\n"
+    )
+    one = Slice(tmp_path, ["ACTIVE"], python, hosts=2)
+    done = one.run(*TRAIN, SETUP=f"basename $HOME >> {tmp_path}/installed")
+    assert done.returncode == 0, done.stderr
+    told = [line.removeprefix("launch/tpu_vm.sh: ") for line in done.stderr.splitlines()]
+    assert told.count("a host has lost the run: it is started there again") == 1
+    assert told.count("installing on the hosts where the run is not going on") == 1
+    assert "the run ended with status 0" in told and "the run was interrupted" not in told
+    assert (tmp_path / "installed").read_text().split() == ["host", "host-1", "host-1"]
+    assert sorted((tmp_path / "begun").read_text().split()) == ["host", "host-1", "host-1"]
+    assert not one.called("create")
+
+
+def test_a_mistake_on_one_host_ends_the_others(tmp_path):
+    """They could not go on; the status is that of the mistake."""
+    python = "[[ $PWD != */host-1/* ]] || exit 2\ntrap 'exit 130' TERM; while :; do sleep 0.1; done"
+    one = Slice(tmp_path, ["ACTIVE"], python, hosts=2)
+    done = one.run(*TRAIN)
+    assert done.returncode == 2
+    assert "a host ended with status 2; the others are told to stop" in done.stderr
+    assert "the run ended with status 2" in done.stderr
+
+
+def test_the_run_goes_on_until_its_last_host_has_ended(tmp_path):
+    python = f"[[ $PWD != */host/* ]] || exit 0\nsleep 2; touch {tmp_path}/over"
+    done = Slice(tmp_path, ["ACTIVE"], python, hosts=2).run(*TRAIN)
+    assert (done.returncode, (tmp_path / "over").exists()) == (0, True), done.stderr
+
+
+def test_variables_are_passed(tmp_path):
+    """Those of the list that are set, whole; a run with others is another one."""
+    odd = {name: f"--{name} --b='c d' \"e\" \\ $HOME & f" for name in PASSED}
+    wanted = {**odd, "WANDB_API_KEY": "secret"}
+    shown = "; ".join(f'printf "%s\\n" "{name}=${{{name}-}}" >> {tmp_path}/seen' for name in wanted)
+    one = Slice(tmp_path, ["ACTIVE"], f"{shown}\ntrap 'exit 130' TERM; while :; do sleep 0.1; done")
+    one.variables |= wanted
+    first = one.begin(*TRAIN)
+    other = one.run(*TRAIN, XLA_FLAGS="--a --b")
+    assert other.returncode == 2
+    assert "the slice is busy with another run, LIBTPU_INIT_ARGS=--LIBTPU_INIT_ARGS\\ --b=" in other.stderr
+    assert one.run("stop").returncode == 0
+    first.communicate(timeout=30)
+    assert first.returncode == 130
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert seen == [*(f"{name}={value}" for name, value in odd.items()), "WANDB_API_KEY="]
+    assert one.lives() == ["-m qwenvl_jax train configs/demo/s1.py --out gs://bucket/a b"]
 
 
 def test_gcloud_that_does_not_answer(tmp_path):

@@ -1,5 +1,6 @@
 """What processes tell each other before each step, and which of them is named as slow."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.pipeline import PlannedBatch, batch_hash
 from qwenvl_jax.flops import Work
+from qwenvl_jax.train import exchange, processes
 from qwenvl_jax.train.exchange import Exchange
 from qwenvl_jax.train.pace import Pace, behind
 from qwenvl_jax.train.processes import Processes
@@ -26,10 +28,10 @@ def parts(index, steps, seconds=0.0, error_at=None):
 
 def test_one_process_passes_batches_on():
     said = []
-    exchange = Exchange(Processes(0, 1), 0, said.append)
+    one = Exchange(Processes(0, 1), 0, said.append)
     given = list(parts(0, 3))
-    assert list(exchange.batches("s", 0, iter(parts(0, 3)))) == given
-    exchange.say("hello")
+    assert list(one.batches("s", 0, iter(parts(0, 3)))) == given
+    one.say("hello")
     assert said == ["hello"]
 
 
@@ -56,6 +58,29 @@ def test_all_processes_see_the_whole_batch(three):
     assert said == ["process 1: a worker died"]
 
 
+def test_processes_that_make_the_same_rows_differently_are_told(three):
+    """The first and the third make the same part; the third could not read one of its samples."""
+    pool, processes = three
+
+    def work(one):
+        part = {0: 0, 1: 1, 2: 0}[one.index]
+        made = list(parts(part, 3))
+        if one.index == 2:
+            failed = (Failure("a", "a.mp4 is gone"),)
+            made[1] = dataclasses.replace(made[1], row_hashes=("another",), failed=failed)
+        taken = []
+        with pytest.raises(RuntimeError) as error:
+            for planned in Exchange(one, part, print).batches("s", 4, (one for one in made)):
+                taken.append(planned)
+        assert len(taken) == 1
+        return str(error.value)
+
+    told = set(pool.map(work, processes))
+    assert len(told) == 1
+    for words in ("step 6: processes 0 and 2 hold the same rows", "process 2: a.mp4 is gone", "Start the run again"):
+        assert words in told.copy().pop()
+
+
 def test_what_was_gathered_is_freed(three):
     """A long run leaves no record of each step with the coordinator."""
     pool, processes = three
@@ -79,6 +104,26 @@ def test_a_process_with_slow_data_is_named(three):
     list(pool.map(work, processes))
     assert said
     assert all(line.startswith("s step ") and ": process 2 waits for batches" in line for line in said)
+
+
+def test_a_process_that_is_waited_for_is_named(three, monkeypatch):
+    """It is alive, and its second batch takes a second."""
+    monkeypatch.setattr(exchange, "_LATE_SECONDS", 0.2)
+    monkeypatch.setattr(processes, "_PIECE_MS", 50)
+    pool, of_run = three
+    said = []
+
+    def work(one):
+        def made():
+            for step, planned in enumerate(parts(one.index, 3)):
+                time.sleep(1.0 if (one.index, step) == (2, 1) else 0.0)
+                yield planned
+
+        return len(list(Exchange(one, one.index, said.append).batches("s", 0, made())))
+
+    assert list(pool.map(work, of_run)) == [3, 3, 3]
+    assert said and all(line.startswith("s step 2: process 2 has been waited for") for line in said)
+    assert len(said) <= 3  # after 0.2, 0.4 and 0.8 s
 
 
 @pytest.fixture

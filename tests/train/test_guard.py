@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.models.pretrained import load
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.train.config import GuardConfig
@@ -46,6 +46,19 @@ def test_steps_beyond_a_bound_are_left_out_and_named(folder, tmp_path):
     ids = [json.loads(line)["id"] for line in (folder / "data.jsonl").read_text().splitlines()]
     places = {f"{folder / 'data.jsonl'}:{number + 1} ({name})" for number, name in enumerate(ids)}
     assert set(told[0].split("its samples: ")[1].split(", ")) <= places
+
+
+def test_a_run_that_left_out_too_many_steps_goes_on_with_a_higher_bound(folder, tmp_path):
+    """No step is taken, so the second is one too many; the same folder takes more of them, and no other bound."""
+    guard, out = GuardConfig(max_loss=1e-9, abort_after=1), tmp_path / "out"
+    told = r"2 steps were left out, more than guard\.abort_after=1 .* Raise guard\.abort_after to go on in this folder"
+    with pytest.raises(DataError, match=told):
+        train(config_with(folder, guard, checkpoint_every=1), out)
+    with pytest.raises(ConfigError, match=r"holds a run with stages\.0\.guard\.max_loss=1e-09"):
+        train(config_with(folder, GuardConfig(abort_after=5), checkpoint_every=1), out)
+    assert train(config_with(folder, dataclasses.replace(guard, abort_after=5), checkpoint_every=1), out).step == 5
+    assert [line["skipped"] for line in read_metrics(out / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert "continuing after step 1 of 5" in (out / "train.log").read_text()
 
 
 @pytest.mark.slow

@@ -94,6 +94,11 @@ def test_every_setting_is_in_the_fingerprint_but_those_that_change_nothing():
     assert set().union(*names.values()) == skipped
 
 
+def test_a_run_that_left_out_too_many_steps_may_be_given_a_higher_bound():
+    assert fingerprint(apply_overrides(CONFIG, ["--guard.abort_after", "99"])) == fingerprint(CONFIG)
+    assert fingerprint(apply_overrides(CONFIG, ["--guard.max_loss", "99"])) != fingerprint(CONFIG)
+
+
 def test_configs_that_cannot_be():
     with pytest.raises(ConfigError, match="each with a name of its own"):
         TrainConfig(model=MODEL, processor="x", stages=(StageConfig("a", 1), StageConfig("a", 1)))

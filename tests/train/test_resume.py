@@ -1,5 +1,7 @@
 """A run that was killed and started again is the run that was not: real processes, real signals, one MP4 clip."""
 
+import errno
+import os
 import signal
 from pathlib import Path
 
@@ -127,6 +129,29 @@ def test_other_data_is_refused(config, whole, tmp_path, clip):
 def test_two_processes_do_not_share_a_folder(config, tmp_path):
     with run_folder.locked(tmp_path), pytest.raises(ConfigError, match="in use by another process"):
         train_command(str(config), out=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.EAGAIN, "is in use by another process; wait for it"),
+        (errno.EACCES, "is in use by another process; wait for it"),
+        (errno.ENOSYS, "cannot be locked against other processes: its file system says Function not implemented"),
+        (errno.EOPNOTSUPP, "Operation not supported; have it mounted with locks"),
+        (errno.ENOLCK, "No locks available; have it mounted with locks"),
+    ],
+)
+def test_a_file_system_without_locks_is_told_as_such(number, told, tmp_path, monkeypatch):
+    """What another process holds stays; a folder that was made for nothing goes."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=told), run_folder.locked(out):
+        pass
+    assert out.exists() == ("in use" in told)
 
 
 @pytest.mark.parametrize(
