@@ -175,7 +175,13 @@ class _Run:
         self.held_out = prepare_validation(config, self.stages, self.processor, self.say)
         self.fingerprint = settings | {f"stages.{stage.index}.data.digest": stage.digest for stage in self.stages}
         run_folder.check(folder, self.fingerprint)
-        processes.check_same(self.fingerprint | {"mesh": repr(config.mesh)})
+        judged = {
+            f"stages.{stage.index}.validation": str(
+                [stage.config.validation, *((one.digest, one.batches) for one in its)]
+            )
+            for stage, its in zip(self.stages, self.held_out, strict=True)
+        }
+        processes.check_same(self.fingerprint | judged | {"mesh": repr(config.mesh)})
 
     def go(self, store: CheckpointStore) -> RunResult:
         """Restores or begins, goes through the stages that are left, and writes the model."""
@@ -203,7 +209,13 @@ class _Run:
         if unknown := {device.device_kind for device in devices if peak_flops(device) is None}:
             self.say(f"no MFU is told: the peak FLOPs of {', '.join(sorted(unknown))} are not known")
         self.validation = Validation(
-            self.out / "validation.jsonl", done, held_out=self.held_out, parts=self.parts, say=self.say
+            self.out / "validation.jsonl",
+            done,
+            held_out=self.held_out,
+            parts=self.parts,
+            say=self.say,
+            tell=self.exchange.say,
+            gather=self.processes.gather,
         )
         logs = (metrics, self.timings, self.trackers, self.validation, self.profiler)
         with contextlib.ExitStack() as opened, stop_signals(self.processes) as stop:

@@ -27,7 +27,7 @@ from qwenvl_jax.data.packing import Plan, SampleFacts, misfit
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.data.sources import Record
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import ConfigError, DataError, MediaError
 from qwenvl_jax.generate import generate
 from qwenvl_jax.parallel.placement import shard_batch
 from qwenvl_jax.train.config import StageConfig, TrainConfig
@@ -50,6 +50,7 @@ class HeldOut:
       batches: how many it has, at most as many as asked for.
       asked: records that the model answers.
       processor: that reads them.
+      digest: sha256, in hex, of the data that its plan follows from.
     """
 
     name: str
@@ -57,6 +58,7 @@ class HeldOut:
     batches: int
     asked: tuple[Record, ...]
     processor: Processor
+    digest: str
 
 
 def prepare_validation(
@@ -95,7 +97,7 @@ def prepare_validation(
         wanted = stage.config.validation
         asked = tuple(mixture.source[int(entry)] for entry in once.entries[: wanted.answers, 0])
         loader, count = stage.loader.over(plan, samples), _planned(plan, wanted.batches)
-        return HeldOut(part.name or ONLY, loader, count, asked, fetching)
+        return HeldOut(part.name or ONLY, loader, count, asked, fetching, mixture.digest)
 
     found: list[tuple[HeldOut, ...]] = []
     for stage in stages:
@@ -125,6 +127,8 @@ class Validation:
       held_out: of each stage, from `prepare_validation`.
       parts: of the run.
       say: told of the losses.
+      tell: told of samples that this process could not read; `say` by default.
+      gather: the texts of all processes under a name, see `qwenvl_jax.train.processes.Processes.gather`.
     """
 
     def __init__(
@@ -135,11 +139,14 @@ class Validation:
         held_out: Sequence[Sequence[HeldOut]],
         parts: ModelParts,
         say: Callable[[str], None],
+        tell: Callable[[str], None] | None = None,
+        gather: Callable[[str, str], list[str]] = lambda name, text: [text],
     ):
         self.path = Path(path)
         self._file = StepFile(path, done)
         self._known = {line["step"] for line in read_metrics(self.path)}
         self._held_out, self._parts, self._say = held_out, parts, say
+        self._tell, self._gather = tell or say, gather
         self._compiled: tuple[int, Any] | None = None
 
     def due(self, stage: Stage, done: int) -> bool:
@@ -162,7 +169,9 @@ class Validation:
         try:
             for one in held_out:
                 line["losses"][one.name] = self._loss(stage, one, params, stop)
-            line["answers"] = [answer for one in held_out for answer in self._answers(one, stage.config, params, stop)]
+            line["answers"] = [
+                answer for one in held_out for answer in self._answers(one, stage.config, done, params, stop)
+            ]
         except _Stopped:
             self._say(f"{stage.config.name} step {done}: asked to stop; validation is left to the run that goes on")
             return None
@@ -180,7 +189,7 @@ class Validation:
             _go_on_unless(stop)
             planned = one.loader(number)
             for failure in planned.failed:
-                self._say(f"{stage.config.name}: validation of {one.name}: left out: {failure.reason}")
+                self._tell(f"{stage.config.name}: validation of {one.name}: left out: {failure.reason}")
             batch = shard_batch(planned.batch, self._parts.mesh, self._parts.rules)
             if self._compiled is None or self._compiled[0] != stage.index:
                 evaluate = jax.jit(make_evaluation(self._parts, stage.config))
@@ -192,20 +201,29 @@ class Validation:
         return finite(loss / weight) if weight else None
 
     def _answers(
-        self, one: HeldOut, stage: StageConfig, params: Params, stop: Callable[[], bool]
+        self, one: HeldOut, stage: StageConfig, done: int, params: Params, stop: Callable[[], bool]
     ) -> list[dict[str, str]]:
+        """Answers of the model; where one of those asked together cannot be fetched, none of them is asked."""
         # Those that are asked alike go together, the same ones each time, so that nothing is compiled anew.
         alike: dict[str, list[Record]] = {}
         for record in one.asked:
             if question_and_truth(record) is not None:
                 alike.setdefault(repr(sorted(record.options.items())), []).append(record)
         found: list[dict[str, str]] = []
-        for records in alike.values():
+        for number, records in enumerate(alike.values()):
             pairs = [pair for record in records if (pair := question_and_truth(record)) is not None]
+            missing = []
             for record in records:
                 _go_on_unless(stop)
-                if record.fetch is not None:
-                    record.fetch()
+                try:
+                    if record.fetch is not None:
+                        record.fetch()
+                except MediaError as error:
+                    missing.append(f"{stage.name}: validation of {one.name}: {record.id} is not asked: {error}")
+                    self._tell(missing[-1])
+            # What one process cannot fetch none asks: all have to run the same programs.
+            if any(self._gather(f"asked/{done}/{one.name}/{number}", "missing" if missing else "")):
+                continue
             answers = generate(
                 self._parts.merge(params),
                 one.processor,

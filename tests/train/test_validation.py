@@ -1,5 +1,6 @@
 """Validation: what a model answers and its loss on data apart, without touching the training."""
 
+import dataclasses
 import signal
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from qwenvl_jax.data.mixture import MixturePart
 from qwenvl_jax.data.processor import Processor
-from qwenvl_jax.errors import ConfigError, DataError
+from qwenvl_jax.errors import ConfigError, DataError, MediaError
 from qwenvl_jax.train.config import TrainConfig
 from qwenvl_jax.train.curriculum import prepare_stages
 from qwenvl_jax.train.metrics import read_metrics
@@ -51,6 +52,38 @@ def test_loss(folder, tmp_path):
     assert read_metrics(tmp_path / "validation.jsonl") == [line]
     expected = float(make_loss(parts, stage.config)(params, one.loader(0).batch))
     np.testing.assert_allclose(line["losses"]["data"], expected, rtol=1e-5)
+
+
+def test_what_a_process_cannot_fetch_none_asks(folder, tmp_path):
+    """Nor does it end the run: those that are asked together are left out, with a line where it is missing."""
+    words = MixturePart("", str(folder / "held-words.jsonl"))
+    stage, ((one,),) = prepared(judged_config(folder, data=(words,), answers=2))
+
+    def missing():
+        raise MediaError("gs://bucket/a.png is not there")
+
+    gone = dataclasses.replace(one, asked=(dataclasses.replace(one.asked[0], fetch=missing), *one.asked[1:]))
+    parts = ModelParts(tiny_config(folder).model, dtype="float32", param_dtype="float32", mesh=single_device_mesh())
+    for held_out, of_others, lines in ((gone, "", 1), (one, "missing", 0)):
+        told, asked = [], []
+
+        def gather(name, text, asked=asked, of_others=of_others):
+            asked.append((name, text))
+            return [text, of_others]
+
+        validation = Validation(
+            tmp_path / "validation.jsonl",
+            0,
+            held_out=[[held_out]],
+            parts=parts,
+            say=print,
+            tell=told.append,
+            gather=gather,
+        )
+        assert validation._answers(held_out, stage.config, 2, {}, lambda: False) == []
+        assert len(told) == lines and all("is not asked: gs://bucket/a.png is not there" in line for line in told)
+        assert asked == [("asked/2/data/0", "missing" if lines else "")]
+        validation.close()
 
 
 @pytest.mark.slow
