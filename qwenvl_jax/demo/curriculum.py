@@ -12,6 +12,7 @@ decoder's words what the (still random) tower sees; from S1 on everything learns
     s3                                                                           |all, to 12 s        |
 """
 
+import fcntl
 import pathlib
 from collections.abc import Sequence
 
@@ -169,7 +170,10 @@ def whole_curriculum() -> TrainConfig:
 
 
 def prepare_single(config: TrainConfig) -> None:
-    """Makes the clips and records that `configs/demo` reads, if they are missing and the config still reads them."""
+    """Makes the clips and records that `configs/demo` reads, if they are missing and the config still reads them.
+
+    Of several processes on a machine one makes them, for which the others wait.
+    """
     own = {str(DATA / f"{name}.jsonl") for name in ("text", *LONGEST, *(f"{name}-told" for name in LONGEST))}
     wanted = {
         path
@@ -177,6 +181,14 @@ def prepare_single(config: TrainConfig) -> None:
         for path in ([stage.data.source] if isinstance(stage.data.source, str) else stage.data.source)
         if isinstance(path, str)
     }
-    if any(path in own and not pathlib.Path(path).exists() for path in wanted):
-        clips = make_clips(DATA.parent / "clips", "train", train_clips(full=False), 0)
-        write_data(DATA, clips, 0, QUICK_STEPS["text"])
+
+    def missing() -> bool:
+        return any(path in own and not pathlib.Path(path).exists() for path in wanted)
+
+    if missing():
+        DATA.mkdir(parents=True, exist_ok=True)
+        with (DATA / ".making").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if missing():
+                clips = make_clips(DATA.parent / "clips", "train", train_clips(full=False), 0)
+                write_data(DATA, clips, 0, QUICK_STEPS["text"])

@@ -101,11 +101,13 @@ def build_tokenizer() -> Tokenizer:
 
 
 def write_processor_folder(folder: str | os.PathLike) -> pathlib.Path:
-    """Writes tokenizer, preprocessor settings and chat template into `folder`, made if missing, and returns it."""
+    """Writes tokenizer, preprocessor settings and chat template into `folder`, made if missing, and returns it.
+
+    Each file whole or not at all, so that another process that does the same may be reading them.
+    """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -145,7 +147,10 @@ def write_processor_folder(folder: str | os.PathLike) -> pathlib.Path:
             "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
         },
     }
-    for name, value in settings.items():
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in settings.items()}
+    texts |= {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE}
+    for name, text in texts.items():
+        unfinished = folder / f".{name}.{os.getpid()}"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(folder / name)
     return folder
