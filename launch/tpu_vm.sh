@@ -7,9 +7,9 @@
 #     NAME=qwen ZONE=us-east5-a launch/tpu_vm.sh delete    # gives the slice back: until then it is paid for
 #
 # `train` may be interrupted and called again: it goes on with what is there. It ends when the run ends, with its status (0
-# done, 2 a mistake, 130 stopped). Where a process dies, every host starts its own again (launch/local.sh, RESTARTS times);
-# on a host that was started anew the run is installed and started again; a slice that was preempted is asked for again,
-# RECREATIONS times. The log is ~/qwenvl_jax/run.log on each host.
+# done, 2 a mistake, 130 after `stop`). Where a process dies, every host starts its own again (launch/local.sh, RESTARTS
+# times); on a host that was started anew the run is installed and started again, and on all where one was shut down; a
+# slice that was preempted is asked for again, RECREATIONS times. The log is ~/qwenvl_jax/run.log on each host.
 #
 # Variables, with their defaults:
 #   NAME, ZONE         of the queued resource, to be given
@@ -52,7 +52,7 @@ on_host() { # begun, start (with the run: NAME=VALUE of its variables, the argum
     start)
       shift
       [[ -z "$pid" ]] || return 0
-      rm -f run.status run.pid
+      rm -f run.status run.pid run.stopped
       printf '%q ' "$@" >run.arguments
       while [[ "$1" =~ ^[A-Z_]+= ]]; do export "${1?}"; shift; done
       # Beyond the end of the connection.
@@ -65,12 +65,17 @@ on_host() { # begun, start (with the run: NAME=VALUE of its variables, the argum
     status)
       # How a run ended is written a moment after it has.
       [[ -s run.status || -n "$pid" || ! -e run.pid ]] || sleep 1
-      if [[ -s run.status ]]; then cat run.status
+      if [[ "$(cat run.status 2>/dev/null)" == 130 && ! -e run.stopped ]]; then
+        echo none # nobody asked for it but a host of the slice that was taken away or started anew
+      elif [[ -s run.status ]]; then cat run.status
       elif [[ -n "$pid" ]]; then echo running
       else echo none
       fi
       ;;
-    stop) [[ -z "$pid" ]] || kill -TERM "$pid" ;;
+    stop)
+      touch run.stopped
+      [[ -z "$pid" ]] || kill -TERM "$pid"
+      ;;
     log) tail -n 100 -F run.log ;;
   esac
 }
