@@ -15,10 +15,9 @@ _WANTED = {
     "xla_cpu_collective_call_terminate_timeout_seconds": "600",
 }
 _GIVEN = os.environ.get("XLA_FLAGS", "")
-if "xla_backend_optimization_level" not in _GIVEN:
-    _WANTED |= compiling.QUICKLY
 _MISSING = {flag: value for flag, value in _WANTED.items() if flag not in _GIVEN}
 os.environ["XLA_FLAGS"] = f"{_GIVEN} {compiling.flags(_MISSING)}".strip()
+compiling.compile_quickly_here()
 # A name that looks like a hub id must fail at once, not after a wait for a hub that no test needs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

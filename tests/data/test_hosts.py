@@ -103,7 +103,7 @@ def test_rows_that_do_not_divide_are_refused(mixed_folder):
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.flags(compiling.QUICKLY)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.quickly()}
     command = [sys.executable, "-m", "tests.data.host", str(folder), *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

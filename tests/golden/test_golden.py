@@ -73,7 +73,7 @@ def test_torch_is_not_needed(tmp_path):
         "assert not [name for name in sys.modules if name.partition('.')[0] in ('torch', 'transformers')\n"
         "            and sys.modules[name] is not None]\n"
     )
-    environment = {**os.environ, "XLA_FLAGS": compiling.flags(compiling.QUICKLY)}
+    environment = {**os.environ, "XLA_FLAGS": compiling.quickly()}
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True
     )

@@ -116,7 +116,7 @@ def environment(**more: str) -> dict[str, str]:
     Programs that run for a few steps are not worth optimizing, and are compiled once for all tests; those of several
     processes, which take no program from a cache, anew each time.
     """
-    given = {"XLA_FLAGS": compiling.flags(compiling.QUICKLY), "JAX_PLATFORMS": "cpu"}
+    given = {"XLA_FLAGS": compiling.quickly(), "JAX_PLATFORMS": "cpu"}
     cache = os.environ["TESTS_COMPILATION_CACHE"]
     given |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return {**os.environ, **given, **more}
