@@ -33,7 +33,7 @@ def test_memory_stays(tmp_path, clip, workers):
     for process in range(1 + workers):
         memory = [line["memory"][process] for line in lines]
         assert max(memory) <= 1.05 * memory[0], memory
-        # Batches on their way between processes are open files too, a few or as many as may wait, by who is faster: what
-        # is left open is seen where fewest are, beside the most that there were before.
+        # Batches on their way between processes are open files too, a few or as many as may wait, by who is faster:
+        # what is left open is seen where fewest are, beside the most that there were before.
         files = [line["files"][process] for line in lines]
         assert min(files[-6:]) <= max(files[:6]) + 8, files
