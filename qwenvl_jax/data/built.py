@@ -10,16 +10,15 @@ A record is the line of the file that it came from, byte for byte, so that it is
 the same. ffmpeg reads files, not bytes: that is why media are taken out of the data set before they are decoded.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from qwenvl_jax.data.files import written_whole
 from qwenvl_jax.data.sources import JoinedSources, Reading, Record, Source, join, read_record
 from qwenvl_jax.errors import DataError, SourceError
 
@@ -188,24 +187,6 @@ class BuiltSource:
                     f"({error.strerror}); make room or give leave, copy the data set to a place that can, or build it "
                     "with --reference-media."
                 ) from error
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Gives a file to fill, which becomes `path` when all went well; otherwise nothing is left of it.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:8]}.", delete=False) as file:
-        try:
-            yield file
-            file.close()  # which tells, too, that there is no room
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
 
 
 def embedded_states(media: Iterable[Embedded]) -> list:

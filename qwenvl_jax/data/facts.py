@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qwenvl_jax.data import chat
 from qwenvl_jax.data.failure import Failure
+from qwenvl_jax.data.files import written_whole
 from qwenvl_jax.data.packing import Modality, SampleFacts
 from qwenvl_jax.data.pooling import Pool
 from qwenvl_jax.data.sources import Record, Source, media_paths
@@ -236,8 +237,7 @@ def add_facts(path: Path, known: dict[str, list], found: dict[str, list]) -> Non
 def _write_facts(path: Path, entries: dict[str, list]) -> None:
     """Writes a file of facts whole or not at all. Data on a read-only disk is measured again each time."""
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            json.dump(entries, file)
-        os.replace(file.name, path)
+        with written_whole(path) as file:
+            file.write(json.dumps(entries).encode())
     except OSError:
         return

@@ -5,11 +5,13 @@ nothing needs it any more. Addresses go through fsspec, and only those that begi
 come from anyone, and an address in it must not reach what this machine may read and its writer may not.
 """
 
+import contextlib
 import dataclasses
+import os
 import re
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -122,3 +124,21 @@ def _fetched(address: str, kind: str, remote: Sequence[str]) -> LocalFile:
     if not length:
         raise MediaError(f"{name} is empty (0 bytes); make or copy it again.")
     return _held(file, name)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Gives a file to fill, which becomes `path` when all went well; otherwise nothing is left of it.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:8]}.", delete=False) as file:
+        try:
+            yield file
+            file.close()  # which tells, too, that there is no room
+            os.replace(file.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+            raise

@@ -23,12 +23,11 @@ import numpy as np
 from absl import flags
 
 from qwenvl_jax.batch import Batch
-from qwenvl_jax.data.built import written_whole
 from qwenvl_jax.data.classes import classes_of
 from qwenvl_jax.data.collate import collate
 from qwenvl_jax.data.facts import file_state
 from qwenvl_jax.data.failure import Failure
-from qwenvl_jax.data.files import is_remote
+from qwenvl_jax.data.files import is_remote, written_whole
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import Plan
 from qwenvl_jax.data.sample import Media, Sample
