@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwenvl_jax.errors import QwenVLError
 from qwenvl_jax.plan.plan import layout_of, make_plan, read_cells
 
 PATH = Path(__file__).parents[1] / "docs" / "plan" / "flags.json"
@@ -80,7 +81,10 @@ def measured(flags: str, size: str, stage: str, topology: str) -> dict[str, Any]
     (cell,) = read_cells(f"configs/pretrain/{stage}.py", [], topology=topology, model=f"qwen3_vl_{size}")
     layout, by_rule = layout_of(cell)
     with _given(flags):
-        plan = make_plan(cell, layout, by_rule=by_rule, quick=True)
+        try:
+            plan = make_plan(cell, layout, by_rule=by_rule, quick=True)
+        except QwenVLError as error:  # flags that this libtpu does not know, say; the other trials go on
+            return {"hbm": None, "sent": None, "ici": None, "error": str(error)}
     return {"hbm": plan.memory.total, "sent": plan.compiled.sent, "ici": plan.bounds["ici"]}
 
 

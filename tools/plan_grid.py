@@ -38,7 +38,9 @@ _HEAD = """\
 Each stage of Qwen3-VL's pre-training (`configs/pretrain`), compiled for TPU slices on a machine without one. A cell
 says the HBM of a device that the step takes, of what a program may use, and the days that the stage takes at least: the
 largest of the bounds of compute, HBM and ICI. They are bounds, each as if nothing else cost time, and no prediction: no
-step is that fast. The mesh is the rule's; `qwenvl-jax plan ... --search 8` may find a better one.
+step on such batches is that fast. The batches are assumed, with the largest frames that the stage allows (see below),
+which take the most memory and FLOPs: smaller frames take fewer. The mesh is the rule's; `qwenvl-jax plan ... --search
+8` may find a better one. On tpu7x, what the two devices of a chip exchange counts as if it went over ICI.
 """
 
 
@@ -87,7 +89,7 @@ def smallest(generation: str, *, quick: bool) -> dict[str, Any]:
         result = planned(size, stage, name, quick=quick)
         if result["plan"]["fits"]:
             return {"smallest": result, "tried": tried}
-        tried.append({"topology": name, "hbm": result["plan"]["hbm"]})
+        tried.append({name: result["plan"][name] for name in ("topology", "mesh", "hbm")})
     raise QwenVLError(f"no slice of {generation} holds {size} {stage}")
 
 
@@ -132,7 +134,7 @@ def _smallest() -> Iterator[str]:
     for path in sorted(smallest_path("any").parent.glob("*.json")):
         found = json.loads(path.read_text())
         held, plan = found["smallest"], found["smallest"]["plan"]
-        tried = "".join(f"; {one['topology']} does not hold it" for one in found["tried"])
+        tried = "".join(f"; {one['topology']} does not hold it with the rule's mesh" for one in found["tried"])
         yield ""
         name = f"{plan['topology']}**, {plan['devices']} devices"
         yield f"**{size} {stage} fits on {name}: {_cell(held)}{tried}. Smaller slices"
@@ -164,17 +166,19 @@ def _recipes(found: dict[tuple[str, str, str], dict[str, Any]]) -> Iterator[str]
     for size, stage, slice_ in cells():
         if one := found.get((size, stage, slice_)):
             text = f"`{one['command']}`" if one["plan"]["fits"] else f"does not fit: {one['advice']}"
-            flags = ", ".join(str(number) for number in _flags_for(slice_)) or "none"
+            flags = _flags_for(slice_)
             yield f"| {size.upper().replace('_', '-')} | {stage.upper()} | {slice_} | {text} | {flags} |"
 
 
-def _flags_for(slice_: str) -> list[int]:
-    """Numbers of the flags that take less memory or send less in the trials of a slice."""
-    trials, numbers = plan_flags.read(), []
+def _flags_for(slice_: str) -> str:
+    """Numbers of the flags that take less memory or send less in the trials of a slice; how many of them were tried."""
+    trials, numbers, tried, known = plan_flags.read(), [], 0, 0
     for number, (flags, _, generation) in enumerate(plan_flags.FLAGS, 1):
         for cell in plan_flags.CELLS:
             without, with_ = (trials.get(plan_flags.key_of(given, cell)) for given in ("", flags))
+            known += cell[2] == slice_ and slice_.startswith(generation)
             if cell[2] == slice_ and slice_.startswith(generation) and without and with_:
+                tried += 1
                 # A flag with which the compiler came to no program has no figures.
                 pairs = [(with_[name], without[name]) for name in ("hbm", "ici")]
                 if any(None in pair for pair in pairs):
@@ -183,7 +187,9 @@ def _flags_for(slice_: str) -> list[int]:
                 more = [one > 1.01 * other for one, other in pairs]
                 if any(less) and not any(more):
                     numbers.append(number)
-    return numbers
+    if not tried:
+        return "not tried"
+    return (", ".join(map(str, numbers)) or "none") + ("" if tried == known else f" ({tried} of {known} tried)")
 
 
 def _flags() -> Iterator[str]:
@@ -196,14 +202,14 @@ def _flags() -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- |"
     trials = plan_flags.read()
     for number, (flags, why, generation) in enumerate(plan_flags.FLAGS, 1):
-        for cell in plan_flags.CELLS:
-            without, with_ = (trials.get(plan_flags.key_of(given, cell)) for given in ("", flags))
-            if cell[2].startswith(generation) and without and with_:
-                size, stage, slice_ = cell
-                hbm = ", ".join(_figure(one["hbm"], 2, _GIB) for one in (without, with_))
-                ici = ", ".join(_figure(one["ici"], 3) for one in (without, with_))
-                name = f"{size.upper()} {stage.upper()} {slice_}"
-                yield f"| {number} | `{flags}` | {why} | {name} | {hbm} GiB | {ici} s |"
+        for size, stage, slice_ in plan_flags.CELLS:
+            if not slice_.startswith(generation):
+                continue
+            pair = [trials.get(plan_flags.key_of(given, (size, stage, slice_))) for given in ("", flags)]
+            found = [one for one in pair if one]
+            hbm = f"{', '.join(_figure(one['hbm'], 2, _GIB) for one in found)} GiB" if len(found) == 2 else "not tried"
+            ici = f"{', '.join(_figure(one['ici'], 3) for one in found)} s" if len(found) == 2 else "not tried"
+            yield f"| {number} | `{flags}` | {why} | {size.upper()} {stage.upper()} {slice_} | {hbm} | {ici} |"
 
 
 def _figure(value: float | None, digits: int, unit: int = 1) -> str:

@@ -61,7 +61,7 @@ def compiled(request: compiling.Request | compiling.ServeRequest, folder: Path) 
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = compiling.needed_bytes(str(error))
+        needed = compiling.needed_bytes(str(error), sum(facts["state"].values()))
         if needed is None:
             raise
     seconds = time.monotonic() - began

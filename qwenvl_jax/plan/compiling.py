@@ -184,10 +184,15 @@ def mesh_shape(request: Request | ServeRequest) -> tuple[int, ...]:
     return tuple(getattr(request.mesh, axis) for axis in AXES)
 
 
-def needed_bytes(message: str) -> int | None:
-    """What a program would take, from what libtpu says of one that does not fit; None where it says nothing of it."""
-    patterns = (r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", r"\(([\d.]+)([KMGT]?)\) exceeds available HBM")
-    for pattern in patterns:
+def needed_bytes(message: str, state: int) -> int | None:
+    """What a program would take, from what libtpu says of one that does not fit; None where it says nothing of it.
+
+    Args:
+      state: bytes of its arguments, which one of the two messages leaves out.
+    """
+    whole = r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", 0
+    temporaries = r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", state
+    for pattern, more in (whole, temporaries):
         if found := re.search(pattern, message):
-            return int(float(found[1]) * _UNITS[found[2]])
+            return int(float(found[1]) * _UNITS[found[2]]) + more
     return None

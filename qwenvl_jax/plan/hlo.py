@@ -8,17 +8,20 @@ exchanges count as often as the loop goes round.
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from qwenvl_jax.errors import QwenVLError
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(r"\b(?:branch|called)_computations=\{([^}]*)\}")
 _BETWEEN_SLICES = 'handler_name="xla_megascale_runtime"'
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z\d]*)\[([\d,]*)\]")
 
@@ -30,8 +33,8 @@ class Exchange:
     Attributes:
       kind: one of `KINDS`.
       sent: bytes that a device sends, as rings have it: with n devices in a group and b bytes that each of them gives,
-        (n - 1) b to gather, (n - 1) / n b to scatter sums or to exchange, twice that to sum, b to permute. A ragged
-        exchange counts as if it were full.
+        (n - 1) b to gather, (n - 1) / n b to scatter sums or to exchange, twice that to sum, b to permute. Of a ragged
+        exchange b is the smaller of what it takes and gives, which is what goes where all devices get alike.
       groups: of devices, by place in the mesh, that exchange among themselves; pairs (from, to) of a permutation; empty
         of an exchange between slices.
       between_slices: whether it goes through the network between slices: one device of each slice takes part.
@@ -95,7 +98,8 @@ def exchanges(text: str) -> Exchanges:
                     unknown.add(one.name)
                 for exchange, count in total(*_called(one)).items():
                     counts[exchange] += count * (times or 1)
-            elif one.opcode in ("fusion", "call", "async-start"):
+            # What SparseCores see to on TPU7x stands in the computation of a custom call.
+            elif one.opcode in ("fusion", "call", "async-start", "custom-call"):
                 for called in _called(one):
                     counts.update(total(called))
         return counts
@@ -160,8 +164,9 @@ def _times(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> i
 
 def _exchange(one: _Instruction, kind: str, shapes: dict[str, str], *, scattered: bool) -> Exchange:
     groups = device_groups(one.attributes)
-    operands = one.operands[:1] if kind == "ragged-all-to-all" else one.operands
-    given = sum(_bytes(shapes[name]) for name in operands if name in shapes)
+    sizes = [_bytes(shapes[name]) for name in one.operands if name in shapes]
+    # A ragged exchange has room for all rows of all devices on one of its sides, and the rows of one on the other.
+    given = min(sizes[:2], default=0) if kind == "ragged-all-to-all" else sum(sizes)
     n = len(groups[0]) if groups else 1
     if scattered:
         # A sum of which each device keeps its part, in one fusion.
@@ -220,18 +225,37 @@ def device_groups(attributes: str) -> tuple[tuple[int, ...], ...]:
     if named := re.search(
         rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({ordered}\))? \{{([^}}]*)\}}", attributes
     ):
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        sizes = [int(size) for size in axes.values()]
-        devices = _iota(named[2], named[3]) if named[2] else np.arange(math.prod(sizes))
-        places = [list(axes).index(axis) for axis in re.findall(r"'(\w+)'", named[4])]
-        groups = np.moveaxis(devices.reshape(sizes), places, range(-len(places), 0))
-        rows = groups.reshape(-1, math.prod(sizes[place] for place in places)).tolist()
-        return tuple(tuple(group) for group in rows)
+        axes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        devices = _iota(named[2], named[3]) if named[2] else np.arange(math.prod(axes.values()))
+        return _groups_along(axes, devices, named[4])
     if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={ordered}", attributes):
         return tuple(tuple(group) for group in _iota(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist())
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
         return tuple(_numbers(group) for group in re.findall(r"\{([\d, ]+)\}", listed[1]))
-    raise AssertionError(f"replica groups of an unknown form: {attributes[:300]}")
+    raise QwenVLError(f"the compiler wrote replica groups in a form that is not known: {attributes[:300]}")
+
+
+def _groups_along(axes: dict[str, int], devices: np.ndarray, named: str) -> tuple[tuple[int, ...], ...]:
+    """Groups along axes of a mesh: "'a', 'b':(2)4" are all of a, and of b the part of size 4 within 2 outer ones."""
+    parts = [
+        (axis, int(outer or 1), int(size or axes[axis]))
+        for axis, outer, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named)
+    ]
+    # Where each axis is cut so that every part is some of its pieces.
+    cuts = {
+        axis: sorted({1, size} | {cut for name, outer, of in parts if name == axis for cut in (outer, outer * of)})
+        for axis, size in axes.items()
+    }
+    pieces = [(axis, begin, end // begin) for axis, found in cuts.items() for begin, end in itertools.pairwise(found)]
+    places = [
+        number
+        for axis, outer, of in parts
+        for number, (name, begin, size) in enumerate(pieces)
+        if name == axis and outer <= begin and begin * size <= outer * of
+    ]
+    groups = np.moveaxis(devices.reshape([size for _, _, size in pieces]), places, range(-len(places), 0))
+    rows = groups.reshape(-1, math.prod(pieces[place][2] for place in places)).tolist()
+    return tuple(tuple(group) for group in rows)
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:

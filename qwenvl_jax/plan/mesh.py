@@ -47,12 +47,17 @@ class Layout:
         """The stage with these settings."""
         return dataclasses.replace(stage, microbatches=self.microbatches, remat=self.remat)
 
-    def arguments(self) -> str:
-        """The same for the command line."""
-        sizes = [f"--mesh.{axis} {size}" for axis in AXES if (size := getattr(self.mesh, axis)) > 1 or axis == "fsdp"]
-        rules = [f"--mesh.rules {self.mesh.rules}"] if self.mesh.rules != MeshConfig.rules else []
-        overrides = [f"--mesh.override {' '.join(self.mesh.override)}"] if self.mesh.override else []
-        return " ".join([*sizes, *rules, *overrides, f"--microbatches {self.microbatches}", f"--remat {self.remat}"])
+    def arguments(self, given: MeshConfig | None = None) -> str:
+        """The same for the command line; `given` is the mesh of the config that they change."""
+        given = given or MeshConfig()
+        sizes = [
+            f"--mesh.{axis} {size}"
+            for axis in AXES
+            if (size := getattr(self.mesh, axis)) > 1 or axis == "fsdp" or getattr(given, axis) > 1
+        ]
+        rules = [f"--mesh.rules {self.mesh.rules}"] if self.mesh.rules != given.rules else []
+        override = [f"--mesh.override {' '.join(self.mesh.override)}"] if self.mesh.override != given.override else []
+        return " ".join([*sizes, *rules, *override, f"--microbatches {self.microbatches}", f"--remat {self.remat}"])
 
 
 def chosen(stage: StageConfig, model: QwenVLConfig, topology: Topology, param_bytes: int = 4) -> Layout:

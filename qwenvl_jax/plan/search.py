@@ -10,7 +10,7 @@ from qwenvl_jax.plan.mesh import Layout
 from qwenvl_jax.plan.plan import Cell, Plan, make_plan
 
 # Policies, the fastest first.
-_REMATS: tuple[Remat, ...] = ("none", "products_attention", "products", "attention", "full")
+_REMATS: tuple[Remat, ...] = ("none", "products_attention", "products", "attention", "full", "offload")
 
 
 def search(cell: Cell, first: Layout, tries: int, *, quick: bool, say: Callable[[str], None]) -> list[Plan]:
@@ -23,17 +23,17 @@ def search(cell: Cell, first: Layout, tries: int, *, quick: bool, say: Callable[
       quick: as of `qwenvl_jax.plan.compiling.compile_step`.
       say: told what is tried.
     """
-    plans, refused = [], None
+    plans, refused, given = [], None, cell.config.mesh
     for number, layout in enumerate(candidates(cell, first)[:tries], 1):
         try:
             plan = make_plan(cell, layout, by_rule=True, quick=quick)
         except QwenVLError as error:  # one that cannot be compiled does not lose the others
             refused = error
-            say(f"{number} of {tries}: {layout.arguments()}: {error}")
+            say(f"{number} of {tries}: {layout.arguments(given)}: {error}")
             continue
         held = plan.memory
-        said = f"{(held.total or 0) / 2**30:.2f} GiB" if held.fits else "does not fit"
-        say(f"{number} of {tries}: {layout.arguments()}: {said}, bound {plan.ranked_seconds:.3g} s")
+        said = f"{(held.total or 0) / 2**30:.2f} GiB" if held.fits else f"{held.excess / 2**30:.2f} GiB too many"
+        say(f"{number} of {tries}: {layout.arguments(given)}: {said}, bound {plan.ranked_seconds:.3g} s")
         plans.append(plan)
     if refused is not None and not plans:
         raise refused

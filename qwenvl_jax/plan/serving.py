@@ -94,11 +94,13 @@ class Answering:
         return _video(self.serving, self.frames)
 
     def facts(self) -> dict[str, Any]:
-        """For `--json`: bytes of a device, seconds of all rows together."""
+        """For `--json`: bytes of a device, seconds and FLOPs of all rows together; a video's sizes are those of one."""
         reading, telling = self.memories
         hardware = self.serving.topology.hardware
         state = self.token.state
         flops = step_flops(self.serving.model, self.video, ()).total
+        # Tower, mergers and what a device has of the frames are read once at least.
+        seen = state["others"] + self.prompt.state["batch"]
         return {
             "fits": self.fits,
             "hbm": {
@@ -114,7 +116,11 @@ class Answering:
                 "tokens": self.frames * FRAME_TOKENS,
                 "patches": self.video.patches // self.serving.rows,
                 "flops": flops,
-                "bounds": {"compute": flops / (self.serving.topology.devices * hardware.flops)},
+                "bytes": seen,
+                "bounds": {
+                    "compute": flops / (self.serving.topology.devices * hardware.flops),
+                    "hbm": seen / hardware.hbm_bandwidth,
+                },
             },
             "first_token": self._phase(self.prompt, prompt_bounds(self)),
             "next_token": self._phase(self.token, token_bounds(self)),

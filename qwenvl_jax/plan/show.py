@@ -14,7 +14,12 @@ from qwenvl_jax.plan.plan import Plan, layout_of, make_plan, read_cells
 from qwenvl_jax.plan.search import search
 
 _GIB = 2**30
-BOUNDS = {"compute": "compute", "hbm": "HBM", "ici": "ICI (within the slice)", "dcn": "DCN (between slices)"}
+BOUNDS = {
+    "compute": "compute",
+    "hbm": "HBM (each byte once)",
+    "ici": "ICI (within the slice)",
+    "dcn": "DCN (between slices)",
+}
 
 
 def plan_command(
@@ -147,8 +152,8 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     yield line("  fits", "yes" if held.fits else f"NO, by {gib(held.excess)} too many: {advice(plan)}")
 
 
-def advice(plan: Plan) -> str:
-    """What to change about a plan that does not fit."""
+def advice(plan: Plan, *, searched: bool = False) -> str:
+    """What to change about a plan that does not fit; `searched` if it is one of many that were tried."""
     layout, groups = plan.layout, plan.cell.stage.batch.groups
     state, half = plan.compiled.state, USABLE * plan.memory.limit / 2
     share = plan.cell.topology.devices // (layout.mesh.context * layout.mesh.tensor)
@@ -167,7 +172,8 @@ def advice(plan: Plan) -> str:
         tips.append(f"half of mesh.fsdp, twice of mesh.context, and --microbatches {2 * layout.microbatches}")
     if layout.remat == "full":
         tips.append("--remat offload")
-    return "; or ".join([*tips, "a larger slice" if len(tips) < 2 else "--search 8, which tries others"])
+    last = "a larger slice" if searched or len(tips) < 2 else "--search 8, which tries others"
+    return "; or ".join([*(tip for tip in tips if not tip.startswith(last)), last])
 
 
 def _exchange_lines(plan: Plan) -> Iterator[str]:
@@ -188,7 +194,7 @@ def _exchange_lines(plan: Plan) -> Iterator[str]:
 def command(plan: Plan) -> str:
     """The command that trains as planned."""
     cell = plan.cell
-    layout = plan.layout.arguments() if plan.by_rule else ""
+    layout = plan.layout.arguments(cell.config.mesh) if plan.by_rule else ""
     model = f"--model {cell.name}" if cell.named else ""
     given = shlex.join(map(str, (cell.config_path, *cell.overrides)))
     return " ".join(part for part in ("qwenvl-jax train", given, model, layout) if part)
@@ -199,12 +205,15 @@ def ranking(plans: Sequence[Plan]) -> str:
     best = plans[0]
     lines = [
         f"{best.cell.stage.name}: {best.cell.name} on {best.cell.topology.title}, {len(plans)} tried",
-        f"  {'bound on a step':>16} {'HBM':>12} {'fits':>6}   layout",
+        f"  {'bound on a step':>16} {'HBM':>12} {'fits':<23} layout",
     ]
     for plan in plans:
         total = gib(plan.memory.total) if plan.memory.total is not None else "unknown"
-        fits = "yes" if plan.memory.fits else "no"
-        lines.append(f"  {plan.ranked_seconds:>14.3g} s {total:>12} {fits:>6}   {plan.layout.arguments()}")
+        fits = "yes" if plan.memory.fits else f"no, {gib(plan.memory.excess)} too many"
+        layout = plan.layout.arguments(plan.cell.config.mesh)
+        lines.append(f"  {plan.ranked_seconds:>14.3g} s {total:>12} {fits:<23} {layout}")
+    if not best.memory.fits:
+        lines.append(f"  none fits; of the one that is the least too large: {advice(best, searched=True)}")
     dcn = " and DCN" if best.cell.topology.slices > 1 else ""
     lines.append(f"  bounds are those of compute, HBM, ICI{dcn}, with what rematerialization makes again")
     return "\n".join(lines)

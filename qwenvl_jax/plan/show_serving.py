@@ -1,7 +1,7 @@
 """Plans of answers for reading, and `plan --serve`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from qwenvl_jax.parallel.mesh import AXES
 from qwenvl_jax.plan.bounds import USABLE
@@ -106,18 +106,21 @@ def _lines(found: Answering) -> Iterator[str]:
             more = f"; temporaries and what comes out {gib(temporaries)}" if temporaries is not None else ""
             yield line(f"  {name}", f"{gib(total):>11}   {total / held['limit']:.0%} of the limit {words}{more}")
     yield line("  fits", "yes" if found.fits else f"NO, by {_excess(found)} too many: {advice(found)}")
-    seconds = video["bounds"]["compute"]
+    of = "the video" if serving.rows == 1 else f"{serving.rows} videos, one a row,"
     yield line(
-        "video", f"{video['flops']:.3e} FLOPs from its frames to its tokens, {seconds:.3g} s of compute at least"
+        "video",
+        f"{video['flops']:.3e} FLOPs from the frames of {of} to tokens, at least {max(video['bounds'].values()):.3g} s "
+        f"({_bounds(video['bounds'])})",
     )
     for key, words in (("first_token", "first token"), ("next_token", "between tokens")):
         phase = facts[key]
-        bounds = ", ".join(
-            f"{BOUNDS[name].split(' (')[0]} {value:.3g} s" for name, value in phase["bounds"].items() if value
-        )
-        yield line(words, f"at least {phase['seconds']:.3g} s, of all rows together ({bounds})")
+        yield line(words, f"at least {phase['seconds']:.3g} s, of all rows together ({_bounds(phase['bounds'])})")
     yield line("", f"at most {serving.rows / facts['next_token']['seconds']:,.0f} tokens a second of all rows")
     yield line("", "they are bounds, each as if nothing else took time, and no prediction")
+
+
+def _bounds(found: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{BOUNDS[name].split(' (')[0]} {value:.3g} s" for name, value in found.items() if value)
 
 
 def _excess(found: Answering) -> str:

@@ -1,10 +1,13 @@
 """The page of all cells, made from the files of those that are there."""
 
+import dataclasses
 import json
 import os
 
 import pytest
 
+from qwenvl_jax.checkpoint.hf import parameter_count
+from qwenvl_jax.plan.plan import layout_of, read_cells
 from tools import plan_flags, plan_grid
 
 GIB = 2**30
@@ -27,6 +30,25 @@ def test_the_page_is_made_of_the_files_that_are_there():
     assert plan_grid.PAGE.read_text() == plan_grid.page(plan_grid.read())
 
 
+@pytest.mark.parametrize("found", plan_grid.read(), ids="-".join)
+def test_committed_cells_are_those_of_today(found):
+    """Of today's rule; and they send what they must: each weight is gathered once at least, as bf16."""
+    size, stage, topology = found
+    plan = plan_grid.read()[found]["plan"]
+    (cell,) = read_cells(f"configs/pretrain/{stage}.py", [], topology=topology, model=f"qwen3_vl_{size}")
+    layout, by_rule = layout_of(cell)
+    assert by_rule and {**plan["mesh"], "override": tuple(plan["mesh"].get("override", ()))} == {
+        **dataclasses.asdict(layout.mesh),
+        "microbatches": layout.microbatches,
+        "remat": layout.remat,
+    }
+    assert plan["parameters"] == parameter_count(cell.model)[0]
+    mesh = layout.mesh
+    split = mesh.fsdp * mesh.expert * mesh.context
+    gathered = 2 * plan["parameters"] * (split - 1) // split // (mesh.tensor * mesh.expert)
+    assert sum(plan["collective_bytes"].values()) > gathered
+
+
 @pytest.fixture
 def no_trials(monkeypatch, tmp_path):
     monkeypatch.setattr(plan_flags, "PATH", tmp_path / "flags.json")
@@ -45,7 +67,7 @@ def test_flags_stand_beside_the_slices_on_which_they_help(no_trials):
     text = plan_grid.page(dict.fromkeys(plan_grid.cells(), cell(True)))
     command = "`qwenvl-jax train configs/pretrain/s1.py --model qwen3_vl_2b`"
     assert f"| 8B | S2 | v5e:16x16 | {command} | 1 |" in text
-    assert f"| 8B | S2 | v5p:8x8x8 | {command} | none |" in text
+    assert f"| 8B | S2 | v5p:8x8x8 | {command} | not tried |" in text
     assert f"| 1 | `{first}` | " in text and "| 2B S1 v5e:16x16 | 100.00, 90.00 GiB | 1.000, 1.000 s |" in text
 
 
@@ -62,8 +84,8 @@ def test_a_partial_grid_says_so(no_trials):
     assert "2 of 96 cells" in text and "The grid is not complete" in text
     assert "| 2B S1 | 10.0 of 16.0 GiB, 6.3 days | - | - | - |" in text
     assert "| 2B S2 | - | does not fit: 10.0 of 16.0 GiB | - | - |" in text
-    assert "| 2B | S1 | v5e:16x16 | `qwenvl-jax train configs/pretrain/s1.py --model qwen3_vl_2b` | none |" in text
-    assert "| 2B | S2 | v6e:16x16 | does not fit: --microbatches 4 | none |" in text
+    assert "| 2B | S1 | v5e:16x16 | `qwenvl-jax train configs/pretrain/s1.py --model qwen3_vl_2b` | not tried |" in text
+    assert "| 2B | S2 | v6e:16x16 | does not fit: --microbatches 4 | not tried |" in text
     whole = plan_grid.page(dict.fromkeys(plan_grid.cells(), cell(True)))
     assert "96 of 96 cells" in whole and "not complete" not in whole
 
@@ -81,7 +103,7 @@ def test_the_smallest_slice_is_the_first_that_holds_it(monkeypatch, tmp_path):
     def planned(size, stage, topology, *, quick):
         asked.append(topology)
         found = cell(len(asked) == 2)
-        found["plan"] |= {"topology": topology, "devices": 64}
+        found["plan"] |= {"topology": topology, "devices": 64, "mesh": {"fsdp": 64}}
         return found
 
     monkeypatch.setattr(plan_grid, "planned", planned)
@@ -93,4 +115,7 @@ def test_the_smallest_slice_is_the_first_that_holds_it(monkeypatch, tmp_path):
     path.parent.mkdir()
     path.write_text(json.dumps(found))
     text = plan_grid.page({})
-    assert f"**235B-A22B S3 fits on {asked[1]}**" in text and f"; {asked[0]} does not hold it. Smaller slices" in text
+    assert (
+        f"**235B-A22B S3 fits on {asked[1]}**" in text
+        and f"; {asked[0]} does not hold it with the rule's mesh. " in text
+    )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from qwenvl_jax.errors import QwenVLError
 from qwenvl_jax.plan.hlo import KINDS, Exchange, device_groups, exchanges
 
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
@@ -86,6 +87,48 @@ def test_a_written_program():
     )
 
 
+def test_device_groups_of_another_form_are_told():
+    with pytest.raises(QwenVLError, match="in a form that is not known: channel_id=1, replica_groups=all"):
+        device_groups("channel_id=1, replica_groups=all")
+
+
+def test_what_sparse_cores_exchange_is_seen():
+    """As libtpu writes it for TPU7x: in the computation of a custom call, which an asynchronous one wraps."""
+    program = f"""\
+%called (v: f32[8]) -> f32[16] {{
+  %v = f32[8]{{0}} parameter(0)
+  ROOT %all-gather.1 = f32[16]{{0}} all-gather(%v), channel_id=1, {LIST}, dimensions={{0}}
+}}
+
+%asynchronous (w: f32[8]) -> f32[16] {{
+  %w = f32[8]{{0}} parameter(0)
+  ROOT %offloaded = f32[16]{{0}} custom-call(%w), custom_call_target="x", called_computations={{%called}}
+}}
+
+ENTRY %main (u: f32[8]) -> f32[16] {{
+  %u = f32[8]{{0}} parameter(0)
+  %begun = ((f32[8]{{0}}), f32[16]{{0}}, u32[]{{:S(8)}}) async-start(%u), async_execution_thread="sparsecore", \
+calls=%asynchronous
+  ROOT %done = f32[16]{{0}} async-done(%begun)
+}}
+"""
+    assert exchanges(program).counts == {Exchange("all-gather", 32, PAIRS): 1}
+
+
+@pytest.mark.parametrize(("taken", "given"), [(8, 32), (32, 8)])
+def test_a_ragged_exchange_counts_the_rows_of_one_device(taken, given):
+    """One of its sides has room for all rows of all devices, should they come together."""
+    program = f"""\
+ENTRY %main (rows: bf16[8,4], out: bf16[8,4], n: s32[2]) -> bf16[8,4] {{
+  %rows = bf16[{taken},4]{{1,0}} parameter(0)
+  %out = bf16[{given},4]{{1,0}} parameter(1)
+  %n = s32[2]{{0}} parameter(2)
+  ROOT %moved = bf16[{given},4]{{1,0}} ragged-all-to-all(%rows, %out, %n, %n, %n, %n), channel_id=1, {LIST}
+}}
+"""
+    assert exchanges(program).counts == {Exchange("ragged-all-to-all", 8 * 4 * 2 // 2, PAIRS): 1}
+
+
 def test_a_loop_of_unknown_length_counts_once_and_is_told():
     found = exchanges(PROGRAM.replace("direction=LT", "direction=NE"))
     assert found.unknown_loops == 2
@@ -99,6 +142,8 @@ def test_a_loop_of_unknown_length_counts_once_and_is_told():
         ("replica_groups=[4,2]<=[8]", PAIRS),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", ((0, 4), (1, 5), (2, 6), (3, 7))),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", ((0, 4), (1, 5), (2, 6), (3, 7))),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", PAIRS),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}", ((0, 2, 4, 6), (1, 3, 5, 7))),
         ("source_target_pairs={{0,1},{1,0}}", ((0, 1), (1, 0))),
     ],
 )
