@@ -7,6 +7,7 @@ A batch follows from the number of its step alone, so the batches after a loss a
                               | 4 5 ...  then a new iterator as before
 """
 
+import atexit
 import functools
 import multiprocessing
 import multiprocessing.process
@@ -26,6 +27,7 @@ MOST_REPLACEMENTS = 3
 _WORKER = "grain-process-prefetch"  # how Grain names its processes
 _DIED = "terminated unexpectedly"  # and what it says when one ended
 _END_SECONDS = 30.0
+_LAST_SECONDS = 120.0  # that workers which are asked to end go on: schedulers give jobs less than that
 _START_SECONDS = 300.0  # that workers may take to start and import, beside the time for their first batch
 _OFTEN = {
     signal.SIGKILL: ", as the system does where memory runs out",
@@ -123,6 +125,8 @@ class _Puller:
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._started = False
+        # A program may end without closing what it took batches from; workers would only end late.
+        atexit.register(self.end)
         self._thread = threading.Thread(target=self._run, args=(make,), daemon=True, name="batches")
         self._thread.start()
 
@@ -147,6 +151,7 @@ class _Puller:
 
     def end(self) -> None:
         """Ends the processes and the thread."""
+        atexit.unregister(self.end)
         self._wanted.put(False)
         for process in self._workers():
             process.kill()  # one that was stopped, too
@@ -187,11 +192,25 @@ def _death(said: str) -> str:
     return f"ended with exit code {code}"
 
 
+def _end_late(number: int, frame: Any) -> None:
+    """Ends a worker, but not before the run that it works for had the time to ask for its last batch."""
+    del frame
+
+    def end() -> None:
+        os._exit(128 + number)
+
+    late = threading.Timer(_LAST_SECONDS, end)
+    late.daemon = True
+    late.start()
+
+
 def end_with_parent(index: int = 0, count: int = 1) -> None:
     """Has a worker process end when the one that started it does, and not before; for Grain's `worker_init_fn`."""
     del index, count
-    # Ctrl-C in a terminal reaches workers too; whether a run ends by it is for the run to say.
+    # Ctrl-C in a terminal reaches workers too, and SIGTERM where a scheduler sends it to all processes of a job; whether
+    # a run ends by it is for the run to say. It saves first, and may wait for one more batch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_late)
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwenvl_jax.data.pipeline import batches
-from qwenvl_jax.data.supervised import MOST_REPLACEMENTS, Supervised
+from qwenvl_jax.data.supervised import _LAST_SECONDS, MOST_REPLACEMENTS, Supervised
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.train.config import DataConfig
 from tests.data.host import loader_of
@@ -137,6 +137,10 @@ def interrupt_self():
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def terminate_self():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def leave():
     os._exit(3)
 
@@ -165,10 +169,11 @@ def test_a_lost_worker_changes_nothing(mixed_folder, undisturbed, tmp_path, deed
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_not_for_workers(mixed_folder, undisturbed, tmp_path):
-    """They get it with their run, which decides."""
+@pytest.mark.parametrize("deed", [interrupt_self, terminate_self])
+def test_requests_to_end_are_not_for_workers(mixed_folder, undisturbed, tmp_path, deed):
+    """They get them with their run, which decides: Ctrl-C in a terminal, SIGTERM from a scheduler."""
     said: list[str] = []
-    loader = Fragile(loader_of(mixed_config(mixed_folder)), 3, 1, tmp_path, interrupt_self)
+    loader = Fragile(loader_of(mixed_config(mixed_folder)), 3, 1, tmp_path, deed)
     found = batches(loader, STEPS, threads=0, workers=1, say=said.append)
     assert [planned.hash for planned in found] == undisturbed
     assert not said and (tmp_path / "done-0").exists()
@@ -217,6 +222,15 @@ if __name__ == "__main__":
     for planned in iterator:
         print(planned.hash, flush=True)
 """
+
+
+@pytest.mark.slow
+def test_a_program_that_never_closes_its_batches_ends_at_once(mixed_folder, tmp_path):
+    """Workers go on for a while when they are asked to end; not for the program that started them."""
+    (tmp_path / "work.py").write_text(WORK.replace("print(planned.hash, flush=True)", "break"))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "work.py"), str(mixed_folder)]
+    assert subprocess.run(command, env=environment, timeout=_LAST_SECONDS - 20, check=True).returncode == 0
 
 
 @pytest.mark.slow
