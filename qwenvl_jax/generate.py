@@ -106,25 +106,60 @@ def generate(
         )
     if not conversations:
         return []
+    batch = prompt_batch(model, processor, conversations, tools=tools, chat_template_kwargs=chat_template_kwargs)
+    return answers(model, processor, batch, max_new_tokens, sampling, seed, stream=stream, interrupted=interrupted)
+
+
+def prompt_batch(
+    model: QwenVL,
+    processor: Processor,
+    conversations: Sequence[Sequence[dict]],
+    **options: Any,
+) -> Batch:
+    """The conversations as `answers` takes them, on this host: one a row, rows of a length that programs share.
+
+    Args:
+      model, processor, conversations: see `generate`.
+      options: of all conversations: `tools`, `chat_template_kwargs` and `time_format`; see `Processor.sample`.
+
+    Raises:
+      QwenVLError: a conversation or medium that cannot be used.
+    """
     shares = model.execution.split("batch")
     batch = processor(
-        conversations,
+        [list(conversation) for conversation in conversations],
         True,
-        tools=tools,
-        chat_template_kwargs=chat_template_kwargs,
+        **options,
         # Devices read the media of their own conversations, and those that share some share their frames.
         groups=shares if len(conversations) % shares == 0 else 1,
         vision_multiple=model.execution.split("vision_rows"),
     )
-    batch = _at_length_step(batch)
+    return _at_length_step(batch)
+
+
+def answers(
+    model: QwenVL,
+    processor: Processor,
+    batch: Batch,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    *,
+    stream: Callable[[int, str], None] | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[Answer]:
+    """One answer for each row of a `prompt_batch`; see `generate`.
+
+    Raises:
+      QwenVLError: a processor of another model.
+    """
     _check_fit(model, batch, max_new_tokens)
+    rows = len(batch.tokens)
     batch = place_batch(batch, model.execution)
     ends = end_token_ids(model, processor)
-    writers = [
-        _Writer(processor, functools.partial(stream, row) if stream else None) for row in range(len(conversations))
-    ]
+    writers = [_Writer(processor, functools.partial(stream, row) if stream else None) for row in range(rows)]
     open_rows = set(range(len(writers)))
-    for tokens_B in _token_steps(model, batch, sampling, seed, max_new_tokens):
+    for tokens_B in _token_steps(model, batch, sampling or Sampling(), seed, max_new_tokens):
         for row in sorted(open_rows):
             token = int(tokens_B[row])
             if token in ends:
