@@ -55,7 +55,10 @@ given IMAGE europe-docker.pkg.dev/PROJECT/REPOSITORY/qwenvl_jax
 read -ra flags <<<"${XPK_FLAGS:-}"
 environment=()
 for variable in "${passed[@]}"; do
-  [[ -z "${!variable:-}" ]] || environment+=(--env="$variable=${!variable}")
+  [[ -n "${!variable:-}" ]] || continue
+  # XPK writes a value between double quotes into YAML as it gets it.
+  value="${!variable//\\/\\\\}"
+  environment+=(--env="$variable=${value//\"/\\\"}")
 done
 # XPK starts a run again after statuses from 127 on, which signals leave; 1 is that of a process whose others are gone.
 xpk workload create --workload="$NAME" "${at[@]}" --tpu-type="$TYPE" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" \

@@ -67,11 +67,12 @@ def test_variables_are_passed_to_pods(commands):
 def test_variables_are_passed_by_xpk(commands):
     assert commands.run(XPK, "train", *RUN, **CLUSTER, LIBTPU_INIT_ARGS="--a=1 --b=2", QWENVL_DATA="/d").returncode == 0
     assert " --env=LIBTPU_INIT_ARGS=--a=1 --b=2 --env=QWENVL_DATA=/d --command=" in commands.calls()[0]
-    # As xpk gets them: one argument each.
+    # As xpk gets them, one argument each, and as it writes them into its manifest.
     commands.add("xpk", f'printf "%s\\n" "$@" > {commands.folder}/arguments')
     assert commands.run(XPK, "train", *RUN, **CLUSTER, **ODD, WANDB_API_KEY="secret").returncode == 0
     got = (commands.folder / "arguments").read_text().splitlines()
-    assert [line for line in got if line.startswith("--env")] == [f"--env={name}={ODD[name]}" for name in PASSED]
+    pairs = [line.removeprefix("--env=").split("=", 1) for line in got if line.startswith("--env")]
+    assert {name: yaml.safe_load(f'value: "{value}"')["value"] for name, value in pairs} == ODD
 
 
 def test_a_mistake_is_not_repeated_and_an_interruption_not_counted(commands):
