@@ -7,10 +7,11 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from qwenvl_jax.data import video
+from qwenvl_jax.data import ffmpeg_child, video
 from qwenvl_jax.data.ffmpeg_child import ffmpeg_program
 from qwenvl_jax.data.video import VideoInfo, probe, read_frames, skip_through, stream_through
 from tests.media import ffmpeg, number_of, numbered_frames, write_clip
@@ -101,6 +102,27 @@ SPARSE = {
 }
 
 
+@pytest.fixture
+def dropping(monkeypatch):
+    """An ffmpeg that drops packets: where the system's is too old for it, the one that comes with the package."""
+    if not ffmpeg_child.knows_packets():
+        monkeypatch.setattr(ffmpeg_child, "ffmpeg_program", imageio_ffmpeg.get_ffmpeg_exe)
+        monkeypatch.setattr(ffmpeg_child, "ffmpeg_version", functools.cache(ffmpeg_child.ffmpeg_version.__wrapped__))
+    assert ffmpeg_child.knows_packets()
+
+
+def test_an_ffmpeg_that_cannot_drop_packets_decodes_the_whole(tmp_path, monkeypatch):
+    """Debian 12 has one of these."""
+    info = moving(tmp_path / "clip.mp4", *CLOSED)
+    wanted = np.array([5, 61, 110])
+    whole = list(read_frames(info, wanted))
+    monkeypatch.setattr(ffmpeg_child, "ffmpeg_version", lambda: (5, 1))
+    assert not list(skip_through(info, wanted))
+    for frame, same in zip(read_frames(info, wanted), whole, strict=True):
+        np.testing.assert_array_equal(frame, same)
+
+
+@pytest.mark.usefixtures("dropping")
 @pytest.mark.parametrize("name", SPARSE)
 def test_frames_far_apart_are_the_frames_of_a_full_decode(name, tmp_path):
     options, skips = SPARSE[name]
@@ -115,6 +137,7 @@ def test_frames_far_apart_are_the_frames_of_a_full_decode(name, tmp_path):
                 np.testing.assert_array_equal(frame, whole[i], err_msg=f"{name}, frame {wanted[i]}")
 
 
+@pytest.mark.usefixtures("dropping")
 def test_any_few_frames_are_the_frames_of_a_full_decode(tmp_path):
     info = moving(tmp_path / "clip.mp4", *CLOSED)
     whole = list(stream_through(info, np.arange(len(info.times))))
@@ -128,6 +151,7 @@ def test_any_few_frames_are_the_frames_of_a_full_decode(tmp_path):
         np.testing.assert_array_equal(frame, whole[i])
 
 
+@pytest.mark.usefixtures("dropping")
 def test_frames_far_apart_behind_an_edit_list(tmp_path):
     moving(tmp_path / "clip.mp4", *CLOSED)
     ffmpeg("-ss", "0.52", "-i", tmp_path / "clip.mp4", "-c", "copy", tmp_path / "edited.mp4")
@@ -139,6 +163,7 @@ def test_frames_far_apart_behind_an_edit_list(tmp_path):
         np.testing.assert_array_equal(frame, whole[i])
 
 
+@pytest.mark.usefixtures("dropping")
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -164,6 +189,7 @@ def test_frames_that_no_other_depends_on_are_left_out(name, options, tmp_path, m
         np.testing.assert_array_equal(frame, whole[i], err_msg=f"{name}, frame {i}")
 
 
+@pytest.mark.usefixtures("dropping")
 def test_more_frames_than_a_command_line_holds(tmp_path, monkeypatch):
     monkeypatch.setattr("qwenvl_jax.data.ffmpeg_child.LONGEST_ARGUMENT", 200)
     path = write_clip(tmp_path / "clip.mp4", numbered_frames(40, 32, 32), fps="25")
