@@ -207,8 +207,8 @@ def _end_late(number: int, frame: Any) -> None:
 def end_with_parent(index: int = 0, count: int = 1) -> None:
     """Has a worker process end when the one that started it does, and not before; for Grain's `worker_init_fn`."""
     del index, count
-    # Ctrl-C in a terminal reaches workers too, and SIGTERM where a scheduler sends it to all processes of a job; whether
-    # a run ends by it is for the run to say. It saves first, and may wait for one more batch.
+    # Ctrl-C in a terminal reaches workers too, and SIGTERM where a scheduler sends it to all processes of a job.
+    # Whether a run ends by it is for the run to say: it saves first, and may wait for one more batch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_late)
     parent = multiprocessing.parent_process()
