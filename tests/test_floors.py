@@ -91,6 +91,11 @@ def test_every_module_says_what_it_is():
     assert bare == []
 
 
+def test_jax_for_gpus_is_the_same_jax():
+    (plain,) = (text for text in PROJECT["dependencies"] if re.match(r"jax\b", text))
+    assert PROJECT["optional-dependencies"]["cuda"] == [plain.replace("jax", "jax[cuda12]", 1)]
+
+
 def test_declared_dependencies_are_those_imported():
     owners = importlib.metadata.packages_distributions()
     imported = {name.split(".")[0] for file in _files() for name, _ in _imports(file)}

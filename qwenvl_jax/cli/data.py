@@ -200,7 +200,7 @@ def _add_stats(commands) -> None:
 
 --json prints one object: records, usable, images, videos; figures, by name (tokens, learnt, turns, duration,
 source_fps, frames, video_patches, image_patches), each with count, sum, min, median, mean, p90 and max; failures, by
-reason.""",
+reason. A video given as images has no source_fps, and a duration only where its record gives one.""",
     )
     parser.add_argument("source", metavar="SRC", help="a JSONL file, or a folder of `data build` or tfds")
     parser.add_argument("--model", metavar="NAME|PATH", help=f"{_PROCESSORS}; default: the folder's, else qwen3_vl_4b")
@@ -224,6 +224,7 @@ def _add_steps(commands) -> None:
         "patch slots they fill, how even the vision groups are, and which part of a mixture their samples are of.",
         epilog=f"""examples:
   {PROG} data steps clips.py --steps 1000
+  {PROG} data steps configs/sft/own_data.py --model ./my-model --data.mixture.own.source built
   {PROG} data steps clips.py --steps 200 --out steps.png --data.window 64 --batch.vision auto
 
 Further --name value arguments change settings of the config, as with `{PROG} train`.
@@ -234,6 +235,7 @@ fullest; text_only_steps, which patches and balance leave out; samples; parts, e
 share_of_samples and share_of_tokens.""",
     )
     parser.add_argument("config", metavar="CONFIG", help="a Python file with a get_config()")
+    parser.add_argument("--model", metavar="NAME", help="in place of the config's: a preset, a folder or a hub id")
     parser.add_argument("--steps", metavar="N", type=int, help="of each stage, from its first; default: all")
     parser.add_argument("--json", action="store_true", help="as JSON, see below")
     parser.add_argument("--out", metavar="FILE", help="draw the steps into this file, such as steps.png")
@@ -243,5 +245,12 @@ share_of_samples and share_of_tokens.""",
 def _steps(options: argparse.Namespace) -> int:
     from qwenvl_jax.train.outlook import show
 
-    show(options.config, options.overrides, steps=options.steps, as_json=options.json, out=options.out)
+    show(
+        options.config,
+        options.overrides,
+        model=options.model,
+        steps=options.steps,
+        as_json=options.json,
+        out=options.out,
+    )
     return 0

@@ -26,12 +26,18 @@ _QWEN3 = {
 }
 _QWEN2_5 = {
     "official": (
-        "transformers 5 numbers what follows a video from half of the video's larger side on, where this model is used "
-        "to one more than the video's last position; transformers 4.49 to 4.57 and vLLM give it what it knows."
+        "transformers 5 numbers what follows a video from the start of the video plus its longer side in merged tokens "
+        "on, where this model is used to one more than the video's last position; transformers 4.49 to 4.57 and vLLM "
+        "give it what it knows. Of a video file transformers 5 takes every frame unless do_sample_frames is set, and "
+        "then steps from the first frame on, truncated, where this model is used to frames from the first to the last, "
+        "rounded, as qwen-vl-utils takes them."
     ),
     "transformers": (
         "vLLM and transformers 4.49 to 4.57 number what follows a video from one more than the video's last position "
-        "on, where this model is used to half of the video's larger side; transformers 5 gives it what it knows."
+        "on, where this model is used to the start of the video plus its longer side in merged tokens; transformers 5 "
+        "gives it what it knows. Of a video file transformers 5 takes every frame unless do_sample_frames is set; then "
+        "it takes those that this model is used to, steps from the first frame on, truncated, and qwen-vl-utils "
+        "others, from the first to the last, rounded."
     ),
 }
 _DIFFERENCES = {

@@ -105,7 +105,7 @@ class Processor:
         """Reads tokenizer, chat template and preprocessor settings from a model's folder.
 
         Args:
-          path: folder in the public layout, or a hub id.
+          path: folder in the public layout or the native one, or a hub id.
           dialect: "official" or "transformers"; without it, what `qwenvl_jax.json` in the folder says, else "official".
           remote_media: beginnings of the addresses from which images and videos may be fetched, through fsspec, such as
             `["gs://my-bucket/"]`; without them only files of this machine are read. End one with a slash, since
@@ -133,7 +133,11 @@ class Processor:
         return Processor(self._settings, remote_media)
 
     def save_pretrained(self, folder: str | Path):
-        """Writes the files that `from_pretrained` reads, here and in transformers; `folder` is made if missing."""
+        """Writes the files that `from_pretrained` reads, here and in transformers; `folder` is made if missing.
+
+        Raises:
+          CheckpointError: the folder cannot be written; nothing is.
+        """
         self._settings.write(Path(folder))
 
     def __call__(

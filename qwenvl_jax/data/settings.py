@@ -5,14 +5,19 @@ of Qwen2-VL and Qwen2.5-VL have the first alone, for both. Folders that transfor
 `processor_config.json` in place of either. Of config.json only what the way to a batch depends on is read.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from qwenvl_jax.checkpoint.sections import Section
 from qwenvl_jax.data.generations import Generation, find_generation
 from qwenvl_jax.data.image import first_line, pixel_table
 from qwenvl_jax.errors import CheckpointError, ConfigError
@@ -98,9 +103,10 @@ class Settings:
             raise ConfigError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}.")
         tokenizer_config = _read_json(folder / "tokenizer_config.json", required=False)
         whole = _read_json(folder / "processor_config.json", required=False)  # where transformers 5 saves both
-        image_config = _read_preprocessor(folder / "preprocessor_config.json", whole.get("image_processor"))
+        within = Section(whole, str(folder / "processor_config.json"), "")
+        image_config = _read_preprocessor(folder / "preprocessor_config.json", within, "image_processor")
         video_file = folder / "video_preprocessor_config.json"
-        video_config = _read_preprocessor(video_file, whole.get("video_processor"), required=False)
+        video_config = _read_preprocessor(video_file, within, "video_processor", required=False)
         model_config = _read_json(folder / "config.json", required=False)
         files = (whole, image_config, video_config, tokenizer_config)
         keys = ("processor_class", "video_processor_type")
@@ -126,18 +132,41 @@ class Settings:
             video_config=video_config,
             model_config=model_config,
             generation=generation,
-            vision=_vision_numbers(model_config, kept) if generation.absolute_time or generation.windows else {},
+            vision=_vision_numbers(folder, model_config, kept)
+            if generation.absolute_time or generation.windows
+            else {},
             dialect=dialect,
         )
 
     def write(self, folder: Path):
-        """Writes the files that `read` reads, here and in transformers; `folder` is made if missing.
+        """Writes the files that `read` reads, here and in transformers, all or none; `folder` is made if missing.
 
         Videos get a file of their own even if they share the numbers of images: transformers does not find its video
         processor for every name of an image processor.
+
+        Raises:
+          CheckpointError: the folder cannot be written, or its `DIALECT_FILE` is damaged.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        texts = self._texts(folder)
+        made = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder, ignore_cleanup_errors=True) as beside:
+                for name, text in texts.items():
+                    (Path(beside) / name).write_text(text, encoding="utf-8")
+                for name in texts:
+                    os.replace(Path(beside) / name, folder / name)
+        except OSError as error:
+            if made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise CheckpointError(
+                f"{folder} cannot be written ({error}); nothing was saved, choose another place."
+            ) from error
+
+    def _texts(self, folder: Path) -> dict[str, str]:
+        """The files by name."""
+        texts = {"tokenizer.json": self.tokenizer.to_str(pretty=True)}
         named = {"processor_class": self.generation.processor_class}
         of_images = {key: value for key, value in self.image_config.items() if key != "image_processor_type"}
         of_videos = {**of_images, "video_processor_type": self.generation.video_processor, **named}
@@ -150,9 +179,8 @@ class Settings:
             (DIALECT_FILE, {**_read_json(folder / DIALECT_FILE, required=False), **ours}),
         ):
             if value:
-                text = json.dumps(value, indent=2, ensure_ascii=False)
-                (folder / name).write_text(text + "\n", encoding="utf-8")
-        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+                texts[name] = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        return {**texts, "chat_template.jinja": self.chat_template}
 
     @property
     def tokens_per_second(self) -> float:
@@ -188,9 +216,16 @@ class Settings:
         return found
 
     def named_token(self, role: str, otherwise: str) -> str:
-        """What `tokenizer_config.json` names as "pad_token" or the like: a text, or an object that holds it."""
+        """What `tokenizer_config.json` names as "pad_token" or the like: a text, or an object that holds it.
+
+        Raises:
+          CheckpointError: it is something else.
+        """
         token = self.tokenizer_config.get(role)
-        return (token.get("content") if isinstance(token, dict) else token) or otherwise
+        text = (token.get("content") if isinstance(token, dict) else token) or otherwise
+        if not isinstance(text, str):
+            raise Section({}, "tokenizer_config.json", "").error(role, "a string, or an object with its content", token)
+        return text
 
     @property
     def named_tokens(self) -> dict[str, str]:
@@ -212,16 +247,15 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _vision_numbers(model_config: dict[str, Any], kept: dict[str, Any]) -> dict[str, int | float]:
+def _vision_numbers(folder: Path, model_config: dict[str, Any], kept: dict[str, Any]) -> dict[str, int | float]:
     """The numbers of `vision_config` in config.json, else those kept in `DIALECT_FILE`, else the public models'."""
-    if model_config:
-        found, otherwise = model_config.get("vision_config") or {}, _VISION_DEFAULTS
-    else:
-        found, otherwise = kept.get("vision_config") or {}, _VISION_PUBLIC
+    file, values, otherwise = (
+        ("config.json", model_config, _VISION_DEFAULTS) if model_config else (DIALECT_FILE, kept, _VISION_PUBLIC)
+    )
+    found = Section(values, str(folder / file), "").get("vision_config", dict, {})
     numbers = {key: otherwise[key] if found.get(key) is None else found[key] for key in otherwise}
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            file = "config.json" if model_config else DIALECT_FILE
             raise CheckpointError(
                 f"{file} has vision_config.{key}={value!r}; it must be a positive number: copy the file from the model."
             )
@@ -237,10 +271,15 @@ def media_config(
       values: the JSON object of the file.
       file: its name, for errors.
       video_of: the generation, where the file is read for its videos.
+
+    Raises:
+      CheckpointError: a key that is missing, of another type, or of a value that is not supported.
     """
-    size = values.get("size") or {}
-    newer = (size.get("shortest_edge", size.get("min_pixels")), size.get("longest_edge", size.get("max_pixels")))
-    older = (values.get("min_pixels"), values.get("max_pixels"))
+    whole = Section(values, file, "")
+    size = Section(whole.get("size", dict, {}), file, "size.")
+    older, renamed = ([of.get(key, int, None) for key in ("min_pixels", "max_pixels")] for of in (whole, size))
+    edges = [size.get(key, int, None) for key in ("shortest_edge", "longest_edge")]
+    newer = [b if a is None else a for a, b in zip(edges, renamed, strict=True)]
     first, then = (older, newer) if video_of is None or video_of.older_video_keys else (newer, older)
     bounds: list[Any] = [b if a is None else a for a, b in zip(first, then, strict=True)]
     missing = [key for key in ("patch_size", "image_mean", "image_std") if values.get(key) is None]
@@ -252,36 +291,53 @@ def media_config(
         if values.get(key, wanted) not in (wanted, None):
             raise CheckpointError(f"{file} has {key}={values[key]}; only {wanted} is supported.")
     table = pixel_table(
-        values["image_mean"],
-        values["image_std"],
-        values.get("rescale_factor") or 1 / 255,
-        normalize=values.get("do_normalize") is not False,
+        _channels(whole, "image_mean"),
+        _channels(whole, "image_std", positive=True),
+        whole.get("rescale_factor", float, None) or 1 / 255,
+        normalize=whole.get("do_normalize", bool, True),
     )
-    config = MediaConfig(
-        min_pixels=bounds[0],
-        max_pixels=bounds[1],
-        patch_size=values["patch_size"],
-        temporal_patch_size=values.get("temporal_patch_size") or 2,
-        merge_size=values.get("merge_size") or 2,
-    )
+    cutting = {key: whole.get(key, int, 2) for key in ("patch_size", "temporal_patch_size", "merge_size")}
+    whole.check_positive(cutting)
+    config = MediaConfig(min_pixels=bounds[0], max_pixels=bounds[1], **cutting)
     if video_of:
-        sampled = {key: values[key] for key in ("fps", "min_frames", "max_frames") if values.get(key) is not None}
+        kinds: dict[str, type] = {"fps": float, "min_frames": int, "max_frames": int}
+        sampled = {key: value for key, kind in kinds.items() if (value := whole.get(key, kind, None)) is not None}
         config = dataclasses.replace(config, **sampled)
-        if values.get("cap_pixels_per_frame"):
-            tokens = values.get("max_video_tokens") or video_of.max_video_tokens
+        if whole.get("cap_pixels_per_frame", bool, False):
+            tokens = whole.get("max_video_tokens", int, None) or video_of.max_video_tokens
             config = dataclasses.replace(config, cap_tokens=tokens)
     return config, table
+
+
+def _channels(section: Section, key: str, *, positive: bool = False) -> tuple[float, ...]:
+    """The three numbers under a key, one for each channel."""
+    values = section.get(key, list)
+    fit = (
+        isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and (x > 0 or not positive)
+        for x in values
+    )
+    if len(values) != 3 or not all(fit):
+        raise section.error(key, f"a list of three {'positive ' if positive else ''}numbers", values)
+    return tuple(values)
 
 
 def _read_template(folder: Path, tokenizer_config: dict[str, Any]) -> str:
     """The chat template: a file of its own, or the one within `chat_template.json` or `tokenizer_config.json`."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = _read_json(folder / "chat_template.json", required=False).get("chat_template")
-    template = template or tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        try:
+            return path.read_text(encoding="utf-8")
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{path} is not readable text ({first_line(error)}); copy it again.") from error
+    name, values = "chat_template.json", _read_json(folder / "chat_template.json", required=False)
+    if not values.get("chat_template"):
+        name, values = "tokenizer_config.json", tokenizer_config
+    template = values.get("chat_template")
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):  # several, by name
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    if template and not isinstance(template, str):
+        section = Section({}, str(folder / name), "")
+        raise section.error("chat_template", "a string, or a list of objects with name and template", template)
     if not template:
         raise CheckpointError(
             f"{folder} has no chat template (chat_template.jinja, chat_template.json, or in tokenizer_config.json); "
@@ -290,9 +346,10 @@ def _read_template(folder: Path, tokenizer_config: dict[str, Any]) -> str:
     return template
 
 
-def _read_preprocessor(path: Path, inner: dict[str, Any] | None, required: bool = True) -> dict[str, Any]:
-    """The object in a preprocessor file; where there is no such file, the one within processor_config.json."""
-    return inner if inner and not path.is_file() else _read_json(path, required)
+def _read_preprocessor(path: Path, within: Section, key: str, required: bool = True) -> dict[str, Any]:
+    """The object in a preprocessor file; where there is no such file, the one under a key of processor_config.json."""
+    inner = {} if path.is_file() else within.get(key, dict, {})
+    return inner or _read_json(path, required)
 
 
 def _read_json(path: Path, required: bool = True) -> dict[str, Any]:

@@ -130,14 +130,24 @@ def _figures(messages: list[dict], options: dict[str, Any], processor: Processor
     parts = chat.parts_of(messages, ("image", "video"))
     for (_, part), (t, h, w) in zip(parts, facts.grids, strict=True):
         found[f"{part['type']}_patches"].append(t * h * w)
-        if part["type"] == "image" or isinstance(part["video"], VideoFrames):
-            continue
-        info, choice = probe(part["video"]), processor.opener.open(part).choice
-        assert choice is not None  # of a file
-        found["duration"].append(info.duration)
-        found["source_fps"].append(info.fps)
-        found["frames"].append(len(choice.indices))
+        if part["type"] == "video":
+            for name, value in _video_figures(part, processor).items():
+                found[name].append(value)
     return found
+
+
+def _video_figures(part: dict, processor: Processor) -> dict[str, float]:
+    """Seconds, rate and frames of a video; of chosen frames the seconds only where they are given, and no rate."""
+    source = part["video"]
+    if isinstance(source, VideoFrames):
+        frames, duration = len(source.frames), source.duration
+    elif isinstance(source, list | tuple):
+        frames, duration = len(source), part.get("duration")
+    else:
+        info, choice = probe(source), processor.opener.open(part).choice
+        assert choice is not None  # of a file
+        return {"duration": info.duration, "source_fps": info.fps, "frames": len(choice.indices)}
+    return {"frames": frames, **({} if duration is None else {"duration": duration})}
 
 
 def show(source: str, *, model: str | None = None, as_json: bool = False, out: str | None = None) -> None:

@@ -41,6 +41,23 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh
     return Mesh(_arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def with_all_axes(mesh: Mesh) -> Mesh:
+    """A mesh of any of our axes, in any order, as `make_mesh` makes it: those that it lacks have size 1, all are Auto.
+
+    Raises:
+      ConfigError: an axis that is none of ours.
+    """
+    if mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}:
+        return mesh
+    sizes = dict(mesh.shape)
+    unknown = [name for name in sizes if name not in AXES]
+    if unknown:
+        raise ConfigError(f"mesh {sizes}: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}.")
+    order = [mesh.axis_names.index(axis) for axis in AXES if axis in sizes]
+    devices = mesh.devices.transpose(order).reshape([sizes.get(axis, 1) for axis in AXES])
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def _arranged(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
     """The devices in the shape of a mesh, neighbours on the network where they talk most."""
     if devices[0].platform != "tpu" or len(devices) == 1:

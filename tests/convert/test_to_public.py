@@ -180,6 +180,10 @@ def test_advice(tmp_path, model_type):
     for name in ("tokenizer.json", "preprocessor_config.json"):
         (tmp_path / name).touch()
     assert "transformers 5 gives it what it knows." in advice(tmp_path) and "Both need" not in advice(tmp_path)
+    # Frames of a file and the position after a video differ where the dialects do, in docs/dialects.md.
+    older = model_type.startswith("qwen2")
+    for told in (official, advice(tmp_path)):
+        assert ("do_sample_frames" in told and "the start of the video plus its longer side" in told) == older
     (tmp_path / "qwenvl_jax.json").write_text('{"dialect": "klingon"}')
     with pytest.raises(CheckpointError, match="dialect 'klingon'"):
         advice(tmp_path)

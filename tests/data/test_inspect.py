@@ -10,7 +10,8 @@ import qwenvl_jax as qv
 from qwenvl_jax import cli
 from qwenvl_jax.data.failure import Failure
 from qwenvl_jax.data.named import public_id
-from qwenvl_jax.data.stats import FIGURES, Stats, figure_of, kind_of
+from qwenvl_jax.data.sources import open_source
+from qwenvl_jax.data.stats import FIGURES, Stats, figure_of, kind_of, measure
 from qwenvl_jax.presets import PRESETS
 from tests.tiny import tiny_processor_folder
 from tests.train.tiny_run import write_records
@@ -103,6 +104,27 @@ def test_stats_count(data, model, capsys):
     assert sorted(stats["failures"].values()) == [1, 2]
     (twice,) = (reason for reason, count in stats["failures"].items() if count == 2)
     assert "FILE does not exist" in twice and "gone" not in twice
+
+
+def test_stats_of_videos_given_as_frames(model, tmp_path, capsys):
+    """Their frames are counted; their seconds only where a record gives them; rates there are none."""
+    for name in "ab":
+        PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / f"{name}.png")
+
+    def record(**given):
+        video = {"type": "video", "video": ["a.png", "b.png", "a.png"], "timestamps": [0.0, 0.5, 2.5], **given}
+        return {"messages": [{"role": "user", "content": [video]}, {"role": "assistant", "content": "it leaves"}]}
+
+    data = write_records(tmp_path / "data.jsonl", [record(), record(duration=4.0)])
+    stats = json.loads(run(capsys, "stats", data, "--model", model, "--json"))
+    assert (stats["usable"], stats["videos"], stats["failures"]) == (2, 2, {})
+    assert (stats["figures"]["frames"]["count"], stats["figures"]["frames"]["sum"]) == (2, 6)
+    assert (stats["figures"]["duration"]["count"], stats["figures"]["duration"]["sum"]) == (1, 4.0)
+    assert "source_fps" not in stats["figures"]
+
+    frames = qv.VideoFrames(np.zeros((3, 64, 64, 3), np.uint8), [0.0, 0.5, 2.5], duration=4.0)
+    held = measure(open_source([record(video=frames, timestamps=None)]), qv.Processor.from_pretrained(model))
+    assert [held.values[name].tolist() for name in ("frames", "duration", "source_fps")] == [[3], [4], []]
 
 
 @pytest.mark.parametrize("name", ["plot.png", "plot.svg"])

@@ -1,7 +1,9 @@
 """The processor: what a conversation becomes, the official dialect, what is learnt, and malformed input."""
 
+import errno
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -261,6 +263,21 @@ def test_a_missing_or_damaged_file_is_named(tmp_path, name):
         ("config.json", {"image_token_id": 3}, "image_token_id=3"),
         ("qwenvl_jax.json", {"dialect": "klingon"}, "klingon"),
         ("tokenizer_config.json", {"pad_token": {"content": "<pad>"}}, "<pad>"),
+        ("tokenizer_config.json", {"pad_token": ["<pad>"]}, r"tokenizer_config\.json: pad_token must be a string"),
+        ("preprocessor_config.json", {"size": [1, 2]}, r" preprocessor_config\.json: size must be an object"),
+        ("video_preprocessor_config.json", {"size": {"shortest_edge": "x"}}, r"size\.shortest_edge must be an integer"),
+        ("preprocessor_config.json", {"image_mean": "x"}, "image_mean must be a list"),
+        ("preprocessor_config.json", {"image_mean": [0.5, "x", 0.5]}, "image_mean must be a list of three numbers"),
+        ("preprocessor_config.json", {"image_std": [0.5, 0.5]}, "image_std must be a list of three positive numbers"),
+        (
+            "preprocessor_config.json",
+            {"image_std": [0.5, 0, 0.5]},
+            "image_std must be a list of three positive numbers",
+        ),
+        ("preprocessor_config.json", {"rescale_factor": "x"}, "rescale_factor must be a number"),
+        ("preprocessor_config.json", {"patch_size": "16"}, "patch_size must be an integer"),
+        ("preprocessor_config.json", {"merge_size": 0}, "merge_size must be a positive integer"),
+        ("video_preprocessor_config.json", {"fps": [2]}, r" video_preprocessor_config\.json: fps must be a number"),
     ],
 )
 def test_files_that_do_not_go_together(tmp_path, name, change, said):
@@ -269,6 +286,55 @@ def test_files_that_do_not_go_together(tmp_path, name, change, said):
     path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **change}))
     with pytest.raises(CheckpointError, match=said):
         qv.Processor.from_pretrained(tmp_path)
+
+
+def test_a_template_that_is_no_text(tmp_path):
+    tiny_processor_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not readable text .*; copy it again"):
+        qv.Processor.from_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    for wrong in (7, ["default"], [{"name": "default", "template": 7}]):
+        (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": wrong}))
+        with pytest.raises(CheckpointError, match=r"chat_template\.json: chat_template must be a string"):
+            qv.Processor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_processor_file_whose_parts_are_no_objects(tmp_path, kind):
+    tiny_processor_folder(tmp_path)
+    (tmp_path / f"{'video_' * (kind == 'video')}preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps({f"{kind}_processor": "Qwen2VLImageProcessor"}))
+    with pytest.raises(CheckpointError, match=rf"processor_config\.json: {kind}_processor must be an object"):
+        qv.Processor.from_pretrained(tmp_path)
+
+
+def test_a_processor_is_saved_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    processor = qv.Processor.from_pretrained(folder)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"file cannot be written .*; nothing was saved, choose another place"):
+        processor.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+    written = Path.write_text
+
+    def full(path, text, **options):
+        if path.name == "chat_template.jinja":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(path, text, **options)
+
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "tokenizer.json").write_text("mine")
+    monkeypatch.setattr(Path, "write_text", full)
+    for name in ("old", "new"):
+        with pytest.raises(CheckpointError, match=f"{name} cannot be written .*No space left"):
+            processor.save_pretrained(tmp_path / name)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "file",
+        "old",
+        "old/tokenizer.json",
+    ]
+    assert (tmp_path / "old" / "tokenizer.json").read_bytes() == b"mine"
 
 
 def test_settings_of_the_folder_count(folder, tmp_path, mp4):

@@ -133,6 +133,14 @@ def test_numbers_of_config_that_cannot_be_used(tmp_path, wrong):
         qv.Processor.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "qwenvl_jax.json"])
+def test_a_vision_config_that_is_no_object(tmp_path, name):
+    tiny_processor_folder(tmp_path, model_type="qwen2_5_vl")
+    change(tmp_path / name, vision_config=[1, 2], **({"model_type": "qwen2_5_vl"} if name == "config.json" else {}))
+    with pytest.raises(CheckpointError, match=rf"/{name}: vision_config must be an object, but is \[1, 2\]"):
+        qv.Processor.from_pretrained(tmp_path)
+
+
 # Dialects.
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from qwenvl_jax.demo import curriculum, run, weights_card
-from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.train.config import MeshConfig
 from tests.demo.test_heldout import tiny_config
 
@@ -31,6 +31,13 @@ def test_a_missing_shipped_model_is_told_before_anything_is_made(monkeypatch, tm
     monkeypatch.setattr(run, "SHIPPED", tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="demo --full"):
         run.demo(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_does_not_exist_is_told_before_anything_is_made(seed, tmp_path):
+    with pytest.raises(ConfigError, match=f"seed={seed} must be from 0 to 4294967295"):
+        run.demo(tmp_path / "out", seed=seed)
     assert not (tmp_path / "out").exists()
 
 
