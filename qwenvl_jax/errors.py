@@ -2,6 +2,7 @@
 
 Every one of them derives from `QwenVLError` and carries one line: which argument or file, what was expected, what came,
 and what to do. The command line prints that line and exits with status 2; libraries may catch the base class.
+`StoreError` alone is of another kind: nobody's mistake, and told with status 1.
 """
 
 
@@ -31,3 +32,7 @@ class DataError(QwenVLError):
 
 class SourceError(DataError):
     """A data set that cannot be read any more: no fault of one of its records, so that none is left out for it."""
+
+
+class StoreError(OSError):
+    """A bucket that does not answer as it did before: the same command, started again, may find it well."""

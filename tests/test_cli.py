@@ -9,7 +9,7 @@ import pytest
 import qwenvl_jax
 from qwenvl_jax import cli
 from qwenvl_jax.demo import run
-from qwenvl_jax.errors import DataError
+from qwenvl_jax.errors import DataError, StoreError
 from qwenvl_jax.train import loop
 
 COMMANDS = ("demo", "assemble", "train", "plan", "info", "convert", "export", "chat", "data")
@@ -89,6 +89,12 @@ def test_a_place_that_cannot_be_written(monkeypatch, capsys, code):
     assert _run_with(monkeypatch, OSError(code, "refused", "runs/here")) == 2
     err = capsys.readouterr().err
     assert err.startswith("qwenvl-jax: error: runs/here: refused;") and err.count("\n") == 1
+
+
+def test_a_bucket_that_fails_is_no_mistake(monkeypatch, capsys):
+    """Launchers start such a run again, and none that ended with status 2."""
+    assert _run_with(monkeypatch, StoreError("the bucket is\nbusy")) == 1
+    assert capsys.readouterr().err == "qwenvl-jax: error: the bucket is busy\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), OSError(errno.EBADF, "a defect")])

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from qwenvl_jax.train.config_file import load_config_file
 from qwenvl_jax.train.metrics import read_metrics
+from qwenvl_jax.train.overrides import apply_overrides
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs/fine-tune.md").read_text()
@@ -26,11 +28,22 @@ def block(language: str) -> str:
 def test_the_guide_has_five_commands_and_the_settings_it_names():
     commands = block("bash").splitlines()
     assert len(commands) == 5 and all(command.startswith("qwenvl-jax ") for command in commands)
+    assert all(f"--model {MODEL}" in command for command in commands[:4])
     settings = (ROOT / "tests/golden/configs/sft-own_data.txt").read_text()
     named = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", GUIDE.partition("What to change first")[2]))
     assert {"batch.length", "trainable", "optimizer.rates", "param_dtype"} <= named
     for name in named:
         assert re.search(rf"^(stages\.0\.)?{re.escape(name)} = ", settings, re.MULTILINE), name
+
+
+def test_rows_of_the_guide_hold_its_videos():
+    """A video as long as the settings allow, and words about it."""
+    config, _ = load_config_file(ROOT / "configs/sft/own_data.py")
+    shortened = [span for span in re.findall(r"`(--[^`]+)`", GUIDE) if re.search(r"--batch\.length \d", span)]
+    assert len(shortened) >= 2
+    for settings in ("", *shortened):
+        (stage,) = apply_overrides(config, settings.split()).stages
+        assert stage.data.video_budget.max_video_tokens <= 0.75 * stage.batch.length, settings
 
 
 @pytest.mark.slow
@@ -42,9 +55,7 @@ def test_the_five_commands(tiny_checkpoint, clip, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = block("bash").replace(MODEL, str(tiny_checkpoint))
     commands = re.sub(r"^(qwenvl-jax train .*)$", rf"\1 {SMALL}", commands, flags=re.MULTILINE)
-    commands = re.sub(
-        r" --steps 20$", f" {SMALL.partition(' --mesh')[0]} --processor {tiny_checkpoint}", commands, flags=re.M
-    )
+    commands = re.sub(r" --steps 20$", f" {SMALL.partition(' --mesh')[0]}", commands, flags=re.MULTILINE)
     commands = commands.replace('"When does', '--max-new-tokens 4 "When does')
     folder = Path(sys.executable).parent
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PATH": f"{folder}:{os.environ['PATH']}"}

@@ -130,7 +130,9 @@ def stage_of(options: argparse.Namespace, attention: str, remat: str | None) -> 
         microbatches=options.microbatches,
         data=DataConfig(),
     )
-    return dataclasses.replace(config, model=model, stages=(stage,)), batch
+    # A run that takes its processor from a pretrained model names none; nothing is read with it here.
+    processor = config.processor or options.model
+    return dataclasses.replace(config, model=model, processor=processor, stages=(stage,)), batch
 
 
 def timed(options: argparse.Namespace, attention: str, remat: str | None) -> dict[str, Any]:

@@ -8,6 +8,9 @@ Names there are those of the modules of transformers 5, layer by layer; here the
 `in` and `out` join several axes of a kernel (heads and their width, say) as the public tensor does, and what is one
 projection in the public layout (the tower's queries, keys and values) has one adapter. Source: PEFT 0.21, `LoraConfig`
 and `get_peft_model_state_dict`.
+
+The embedding of a tied model, saved whole, is its head too. PEFT takes it so with `ensure_weight_tying`, and then wants
+it under both names; without, it leaves the model its old head.
 """
 
 import dataclasses
@@ -29,6 +32,7 @@ from qwenvl_jax.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_EMBEDDING = "text.embed.table"
 _PAIR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 
 # Keys of adapter_config.json that change no number here: what was adapted follows from the tensors' names.
@@ -88,7 +92,12 @@ def write(adapter: Adapter, folder: str | Path, config: QwenVLConfig) -> None:
             public = _live_name(name, config)
             stored[_PREFIX + public] = np.ascontiguousarray(entry.to_public(value if layer is None else value[layer]))
             saved.append(public.rpartition(".")[0])
+    tied = _EMBEDDING in adapter.saved and config.text.tie_word_embeddings
+    if tied:
+        stored[_PREFIX + hf.HEAD] = stored[_PREFIX + _live_name(table[_EMBEDDING].public, config)]
     values = _config(adapter, sorted(set(targets)), sorted(set(saved)))
+    if tied:
+        values["ensure_weight_tying"] = True
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +157,10 @@ def read(name_or_path: str | Path, config: QwenVLConfig) -> Adapter:
     entries = {name: (entry, layer) for entry in hf.tensor_table(config) for name, layer in _layers(entry)}
     halves: dict[str, dict[str, dict[int | None, np.ndarray]]] = {}
     whole: dict[str, dict[int | None, np.ndarray]] = {}
-    for name, tensor in read_header(folder / WEIGHTS)[0].items():
+    stored = read_header(folder / WEIGHTS)[0]
+    if config.text.tie_word_embeddings:
+        _check_tied(folder, values, stored, config)
+    for name, tensor in stored.items():
         match = _PAIR.match(name)
         public = f"{match['module']}.weight" if match else name
         public = hf.current_name(public.removeprefix(_PREFIX), config.model_type) or public
@@ -196,6 +208,23 @@ def _check(file: Path, values: Mapping[str, Any]) -> None:
     if odd:
         key, value = next(iter(odd.items()))
         raise CheckpointError(f"{file}: {key}={value!r} is not supported; train the adapter without it, or merge it.")
+
+
+def _check_tied(folder: Path, values: Mapping[str, Any], stored: dict[str, StoredTensor], config: QwenVLConfig) -> None:
+    """Refuses an adapter of a tied model whose embedding and head differ; takes the head out of `stored`."""
+    names = {hf.current_name(name.removeprefix(_PREFIX), config.model_type): name for name in stored}
+    embedding, head = names.get(hf.PREFIXES[config.model_type].embedding), names.get(hf.HEAD)
+    if embedding is None:
+        return
+    if not values.get("ensure_weight_tying"):
+        raise CheckpointError(
+            f"{folder / CONFIG}: the embedding is saved whole without ensure_weight_tying, so that PEFT leaves the "
+            "model its old head, though it is tied; if it was trained as both, set ensure_weight_tying to true."
+        )
+    if head is not None and not np.array_equal(stored.pop(head).read(), stored[embedding].read()):
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: {head} differs from {embedding}, but the model is tied; save both alike."
+        )
 
 
 def _check_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> None:

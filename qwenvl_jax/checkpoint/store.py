@@ -154,6 +154,37 @@ class CheckpointStore:
         )
 
 
+def read_weights(
+    folder: str | os.PathLike, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """The weights that a training run's checkpoint holds, by name, and its record; its other arrays stay unread.
+
+    Args:
+      folder: of the checkpoints; nothing in it is changed.
+      step: of the checkpoint.
+      wanted: shape, dtype and sharding of the weights that it may hold.
+
+    Raises:
+      CheckpointError: they cannot be read, or have other shapes.
+    """
+    path = epath.Path(folder).absolute() / str(step)
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        stored = handler.metadata(path / "state").tree
+        abstract = {
+            "state": {"params": {name: wanted[name] for name in stored["state"]["params"]}},
+            "frozen": {name: wanted[name] for name in stored["frozen"]},
+        }
+        args = ocp.args.PyTreeRestore(
+            abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+        )
+        found = handler.restore(path / "state", args=args)
+        record = ocp.JsonCheckpointHandler().restore(path / "progress", args=ocp.args.JsonRestore())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read ({_reason(error)}); take another.") from error
+    return found["frozen"] | found["state"]["params"], record
+
+
 # How TensorStore and the C library say that a place is full or closed; the first tells it in words only.
 _REFUSALS = (
     "No space left",

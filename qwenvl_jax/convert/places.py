@@ -27,7 +27,8 @@ def model_folder(name: str | Path, *, weights: bool = True) -> Path:
         return folder / "model"
     if (folder / "checkpoints").is_dir() and (folder / "metrics.jsonl").is_file():
         raise CheckpointError(
-            f"{folder} is a training run that is not done: it has no model/ yet; continue it with `qwenvl-jax train`."
+            f"{folder} is a training run that is not done: it has no model/ yet; continue it with `qwenvl-jax train`, "
+            f"or write the model of a checkpoint with `qwenvl-jax export {folder} DST --step latest`."
         )
     return folder
 

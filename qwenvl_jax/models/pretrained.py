@@ -4,8 +4,9 @@ Loading never holds a second copy of the model: the shape comes first, abstractl
 then one weight after another goes from the file to its devices.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.ops import low_rank
-from qwenvl_jax.parallel.mesh import single_device_mesh
+from qwenvl_jax.parallel.mesh import single_device_mesh, with_all_axes
 from qwenvl_jax.parallel.placement import Execution
 from qwenvl_jax.parallel.rules import DEFAULT_RULES, Rules, param_shardings
 
@@ -40,30 +41,61 @@ def load(
       path: see `qwenvl_jax.checkpoint.folder.resolve`.
       dtype: of parameters and activations: "bfloat16", "float16" or "float32".
       mesh, rules: the devices to spread the weights over, and how; see `qwenvl_jax.parallel.rules`. The first device
-        by default.
+        by default. A mesh has any of the axes of `qwenvl_jax.parallel.mesh.make_mesh`; it is used as one of them all.
       adapter: folder or hub id of a LoRA adapter in PEFT's format, which is added to the weights.
 
     Raises:
       CheckpointError: the folder is incomplete, damaged, or of a kind that is not supported.
-      ConfigError: an unknown dtype, or a mesh that does not divide the weights.
+      ConfigError: an unknown dtype, or a mesh with other axes, or that does not divide the weights.
     """
-    kind = _dtype(dtype)
-    folder = folders.resolve(path)
-    model = native.open_source(folder)
-    graph, state = abstract(model.config, kind)
-    table = {entry.path: entry for entry in model.table}
-    mesh = mesh or single_device_mesh()
-    shardings = dict(nnx.to_flat_state(param_shardings(state, mesh, rules)))
-    update = None if adapter is None else peft.read(adapter, model.config)
+    mesh = single_device_mesh() if mesh is None else with_all_axes(mesh)
+    reader = Reader(path, dtype=dtype, mesh=mesh, rules=rules)
+    update = None if adapter is None else peft.read(adapter, reader.config)
     weights = []
-    for key, variable in nnx.to_flat_state(state):
-        value = _place(model, table[_dotted(key)], kind, shardings[key].get_value())
+    for key, variable in nnx.to_flat_state(reader.state):
+        value = reader.read(_dotted(key))
         if update is not None:
             value = _adapted(value, _dotted(key), update)
         weights.append((key, variable.replace(value)))
-    loaded = nnx.merge(graph, nnx.from_flat_state(weights))
+    loaded = nnx.merge(reader.graph, nnx.from_flat_state(weights))
     loaded.execution = Execution(mesh, rules)
     return loaded
+
+
+class Reader:
+    """The weights of a folder, one after another, or one layer of them after another, put where they are to lie.
+
+    Args:
+      path, dtype, mesh, rules: see `load`.
+
+    Attributes:
+      config: the model's shape.
+      graph, state: the model, split as by `abstract`.
+      shapes: of the weights, by name ("text.layers.attn.q.kernel").
+
+    Raises:
+      CheckpointError, ConfigError: see `load`.
+    """
+
+    def __init__(self, path: str | Path, *, dtype: str, mesh: Mesh, rules: Rules = DEFAULT_RULES):
+        self._dtype = _dtype(dtype)
+        self._source = native.open_source(folders.resolve(path))
+        self.config = self._source.config
+        self.graph, self.state = abstract(self.config, self._dtype)
+        self._entries = {entry.path: entry for entry in self._source.table}
+        placed = nnx.to_flat_state(param_shardings(self.state, mesh, rules))
+        self._shardings = {_dotted(key): variable.get_value() for key, variable in placed}
+        self.shapes = {name: self._entries[name].native_shape for name in self._shardings}
+
+    def read(self, name: str) -> jax.Array:
+        """A whole weight."""
+        return _place(self._source, self._entries[name], self._dtype, self._shardings[name])
+
+    def read_layer(self, name: str, layer: int) -> jax.Array:
+        """One layer of a weight whose leading axis is that of the layers; it lies as the weight does."""
+        sharding = self._shardings[name]
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        return _place(self._source, self._entries[name], self._dtype, sharding, layer)
 
 
 def abstract(config: QwenVLConfig, dtype) -> tuple[nnx.GraphDef, nnx.State]:
@@ -102,26 +134,28 @@ def _adapted(value: jax.Array, name: str, adapter: peft.Adapter) -> jax.Array:
 Bounds = tuple[tuple[int, int], ...]  # first and last but one of a part along each axis
 
 
-def _place(model, entry: hf.Entry, dtype, sharding: NamedSharding) -> jax.Array:
-    """Reads one parameter into a buffer for every part of it that a device of this host holds.
+def _place(model, entry: hf.Entry, dtype, sharding: NamedSharding, layer: int | None = None) -> jax.Array:
+    """Reads one parameter, or one layer of it, into a buffer for every part of it that a device of this host holds.
 
     Of a public tensor the slices that no part here needs stay unread, of a native one everything does.
     """
-    shape = entry.native_shape
+    stacked = entry.layers is not None and layer is None
+    shape = entry.native_shape if layer is None else entry.native_shape[1:]
     devices = sharding.addressable_devices_indices_map(shape)
     bounds = {
         device: tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
         for device, index in devices.items()
     }
     parts = {one: np.empty([stop - start for start, stop in one], dtype) for one in set(bounds.values())}
-    for layer in [None] if entry.layers is None else range(entry.layers):
+    numbers: Iterable[Any] = range(entry.layers or 0) if stacked else [layer]
+    for number in numbers:
         # One layer of each part, and where it lies in that layer.
         wanted = [
-            (part, one) if layer is None else (part[layer - one[0][0]], one[1:])
+            (part[number - one[0][0]], one[1:]) if stacked else (part, one)
             for one, part in parts.items()
-            if layer is None or one[0][0] <= layer < one[0][1]
+            if not stacked or one[0][0] <= number < one[0][1]
         ]
-        for block, axis, start in _blocks(model.tensor(entry, layer), entry, [one for _, one in wanted]):
+        for block, axis, start in _blocks(model.tensor(entry, number), entry, [one for _, one in wanted]):
             for part, one in wanted:
                 _fill(part, one, block, axis, start)
     arrays = [jax.device_put(parts[one], device) for device, one in bounds.items()]
@@ -172,27 +206,62 @@ def save(model: QwenVL, out_dir: str | Path, *, max_shard_bytes: int = tensors.M
       CheckpointError: the folder cannot be written, or the shape cannot be said in the public layout.
     """
     values = {_dotted(key): variable.get_value() for key, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    table = hf.tensor_table(model.config)
-    if set(values) != {entry.path for entry in table}:
-        odd = sorted(set(values) ^ {entry.path for entry in table})
+    paths = {entry.path for entry in hf.tensor_table(model.config)}
+    if set(values) != paths:
+        odd = sorted(set(values) ^ paths)
         raise CheckpointError(f"{out_dir}: {odd[0]} has no place in the public layout; save a model without it.")
-    entries = {name: (entry, layer) for entry in table for layer, name in enumerate(entry.names())}
+    write(
+        model.config,
+        out_dir,
+        {name: value.dtype for name, value in values.items()},
+        lambda name, layer: values[name] if layer is None else layer_of(values[name], layer),
+        spread=not all(value.is_fully_addressable for value in values.values()),
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def write(
+    config: QwenVLConfig,
+    out_dir: str | Path,
+    dtypes: Mapping[str, np.dtype],
+    value: Callable[[str, int | None], jax.Array],
+    *,
+    spread: bool,
+    max_shard_bytes: int = tensors.MAX_SHARD_BYTES,
+) -> None:
+    """Writes a model whose weights are made when their turn comes; `save` says what is written.
+
+    Args:
+      config: the model's shape.
+      out_dir, max_shard_bytes: see `save`.
+      dtypes: of the weights, by name.
+      value: gives a weight, or one layer of one that has layers; called once for each, in the order of the files.
+      spread: whether other processes hold parts of them; then all call this, and the first one writes.
+
+    Raises:
+      CheckpointError: see `save`.
+    """
+    table = hf.tensor_table(config)
+    entries = {name: (entry, layer) for entry in table for name, layer in _layers(entry)}
 
     def read(name: str) -> np.ndarray:
         entry, layer = entries[name]
-        value = values[entry.path]
-        return entry.to_public(_fetched(value if entry.layers is None else _layer(value, layer)))
+        return entry.to_public(_fetched(value(entry.path, layer)))
 
-    specs = {n: (values[entry.path].dtype, entry.written_shape) for n, (entry, _) in entries.items()}
-    if jax.process_index() and not all(value.is_fully_addressable for value in values.values()):
+    specs = {name: (np.dtype(dtypes[entry.path]), entry.written_shape) for name, (entry, _) in entries.items()}
+    if jax.process_index() and spread:
         for name in specs:
             read(name)  # as the writer does, tensor by tensor
         return
-    dtypes = sorted({value.dtype.name for value in values.values()})
-    files = {"config.json": hf_config.config_to_json(model.config, dtypes[0])}
-    if model.config.eos_token_ids:
-        files["generation_config.json"] = {"eos_token_id": list(model.config.eos_token_ids)}
+    files = {"config.json": hf_config.config_to_json(config, sorted({dtype.name for dtype, _ in specs.values()})[0])}
+    if config.eos_token_ids:
+        files["generation_config.json"] = {"eos_token_id": list(config.eos_token_ids)}
     tensors.write(Path(out_dir), specs, read, files, max_shard_bytes)
+
+
+def _layers(entry: hf.Entry) -> Iterator[tuple[str, int | None]]:
+    """The public names of an entry and the layers that they are of."""
+    return zip(entry.names(), [None] if entry.layers is None else range(entry.layers), strict=True)
 
 
 def _fetched(value: jax.Array) -> np.ndarray:
@@ -203,6 +272,6 @@ def _fetched(value: jax.Array) -> np.ndarray:
 
 
 @jax.jit
-def _layer(stack: jax.Array, index: int) -> jax.Array:
+def layer_of(stack: jax.Array, index: int) -> jax.Array:
     """One layer of a stack; only that leaves the device."""
     return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)

@@ -39,7 +39,7 @@ class QwenVL(nnx.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype="bfloat16", mesh=None, adapter=None) -> "QwenVL":
-        """Loads a folder in the public layout, or a hub id; see `qwenvl_jax.models.pretrained.load`."""
+        """Loads a folder in the public or the native layout, or a hub id; see `qwenvl_jax.models.pretrained.load`."""
         from qwenvl_jax.models import pretrained
 
         return pretrained.load(path, dtype=dtype, mesh=mesh, adapter=adapter)

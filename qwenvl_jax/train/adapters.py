@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwenvl_jax.checkpoint import peft
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax.models import pretrained
 from qwenvl_jax.models.layers import Linear
 from qwenvl_jax.models.moe import Experts
 from qwenvl_jax.models.qwenvl import QwenVL
@@ -36,7 +37,7 @@ from qwenvl_jax.parallel.placement import Execution
 from qwenvl_jax.parallel.rules import DEFAULT_RULES, Rules, partition_spec
 from qwenvl_jax.train.config import AdapterConfig, TrainConfig
 from qwenvl_jax.train.run_folder import RunFolder
-from qwenvl_jax.train.state import ModelParts, Params
+from qwenvl_jax.train.state import ModelParts, Params, WeightInfo, Weights
 
 A, B = "kernel_lora_a", "kernel_lora_b"  # the names that qwix gives
 _CODES, _SCALES = "kernel.array.qvalue", "kernel.array.scale"
@@ -69,7 +70,6 @@ def make_parts(config: TrainConfig, shape: QwenVLConfig, mesh: Mesh, rules: Rule
 
     Raises:
       ConfigError: adapters that this model cannot have.
-      CheckpointError: an adapter to begin with that cannot be read or is of other modules.
     """
     make: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype, "mesh": mesh, "rules": rules}
     if not config.adapter.rank:
@@ -111,11 +111,9 @@ class AdaptedParts(ModelParts):
         self.modules = tuple(name.removesuffix(f".{A}") for name in self.names if name.endswith(f".{A}"))
         self.saved = _saved_names(adapter, self.names, self.modules)
         self._learning = {f"{module}.{half}" for module in self.modules for half in (A, B)} | set(self.saved)
+        kernels = [f"{module}.kernel" for module in self.modules]
+        self._merging = {name: jax.jit(self._merged, out_shardings=self._of_one_layer(name)) for name in kernels}
         self._origin: dict[str, str] | None = None
-        self._start = None
-        if adapter.start:
-            self._start = peft.read(adapter.start, config)
-            self._check_start(adapter.start, self._start)
 
     def _pack(self, name: str) -> None:
         """Describes codes as they are stored, two in a byte along the last axis."""
@@ -153,11 +151,16 @@ class AdaptedParts(ModelParts):
             )
         return names
 
-    def random(self, seed: int) -> Params:
-        return self._with_adapters(self.base.random(seed))
+    def check_start(self) -> None:
+        _ = self._start
 
-    def split(self, model: QwenVL) -> Params:
-        return self._with_adapters(self.base.split(model))
+    def drawn(self, seed: int) -> Weights:
+        return self.base.drawn(seed)
+
+    def begun(self, weights: Weights) -> Params:
+        """The base, its kernels quantized one after another and layer by layer, and adapters at the start of a run."""
+        found = self._first() if self._start is None else self._started(self._start)
+        return found | self._base(weights, without=found.keys())
 
     def merge(self, params: Mapping[str, jax.Array]) -> QwenVL:
         """The model with adapters beside its kernels, in the dtype of the activations."""
@@ -165,26 +168,31 @@ class AdaptedParts(ModelParts):
         codes = {name: self._unpacked(params[name]) for name in params if name.endswith(f".{_CODES}")}
         return super().merge({**params, **halves, **codes})
 
-    def merged(self, params: Mapping[str, jax.Array]) -> QwenVL:
-        """The model without adapters: their updates are in the kernels.
+    def exported(self, params: Mapping[str, jax.Array], name: str, layer: int | None) -> jax.Array:
+        """A weight of the model without adapters, or one layer of it: their updates are in the kernels.
 
         A quantized kernel is what its numbers mean, not the one that it was made of: the updates were learnt beside the
         quantized one, and the model that comes out is the model that was trained.
         """
-        return self.base.merge({name: self._merged(name, params) for name in self.base.names})
-
-    def _merged(self, name: str, params: Mapping[str, jax.Array]) -> jax.Array:
         module = name.removesuffix(".kernel")
         if module not in self.modules:
-            return params[name]
-        parts = (params[name],) if name in params else (params[f"{module}.{_CODES}"], params[f"{module}.{_SCALES}"])
+            return super().exported(params, name, layer)
+        stored = (name,) if name in params else (f"{module}.{_CODES}", f"{module}.{_SCALES}")
+        values = [params[one] for one in (*stored, f"{module}.{A}", f"{module}.{B}")]
+        return self._merging[name](values if layer is None else [pretrained.layer_of(value, layer) for value in values])
 
-        def one(parts, a, b):
-            kernel = parts[0] if len(parts) == 1 else self._dequantized(*parts)
-            return low_rank.merged(kernel, a, b, self.scale)
+    def _merged(self, values: Sequence[jax.Array]) -> jax.Array:
+        """A kernel as it is stored, or one layer of it, and its adapter's halves, as one kernel."""
+        *kernel, a, b = values
+        return low_rank.merged(kernel[0] if len(kernel) == 1 else self._dequantized(*kernel), a, b, self.scale)
 
-        halves = params[f"{module}.{A}"], params[f"{module}.{B}"]
-        return jax.jit(one, out_shardings=self.base.shardings[name])(parts, *halves)
+    def _of_one_layer(self, name: str) -> NamedSharding:
+        """Where one layer of a weight of the base lies, or the weight if it has no layers."""
+        axes, spec = self.base.weights[name].axes, self.base.shardings[name].spec
+        return NamedSharding(self.mesh, PartitionSpec(*spec[axes[0] == "layers" :]))
+
+    def exported_weights(self) -> Mapping[str, WeightInfo]:
+        return self.base.weights
 
     def _dequantized(self, codes, scales):
         """The kernel that codes and scales mean, in the dtype of the scales."""
@@ -206,13 +214,13 @@ class AdaptedParts(ModelParts):
         names = sorted(set(params) - self._learning)
         return hashlib.sha256(json.dumps({n: np.asarray(sums(params[n])).tolist() for n in names}).encode()).hexdigest()
 
-    def made_again(self, initial: Callable[[], Params], origin: Mapping[str, Any]) -> Params:
+    def made_again(self, initial: Callable[[], Weights], origin: Mapping[str, Any]) -> Params:
         """The base, made as when the run began.
 
         Raises:
           CheckpointError: its weights are other ones now.
         """
-        base = {name: value for name, value in initial().items() if name not in self._learning}
+        base = self._base(initial(), without=self._learning)
         if self.origin(base)["base"] != origin["base"]:
             raise CheckpointError(
                 "the model's own weights are not those that the run began with, beside which its adapters were learnt; "
@@ -239,17 +247,18 @@ class AdaptedParts(ModelParts):
             with folder.new_model("adapter") as making:
                 peft.write(adapter, making, self.config)
 
-    def _with_adapters(self, params: Params) -> Params:
-        """The base's weights, which are used up, with those of the adapters at the start of a run."""
-        found = self._first() if self._start is None else self._started(self._start)
+    def _base(self, weights: Weights, *, without: Collection[str]) -> Params:
+        """The base's weights as they are kept beside adapters; those in `without` are not read."""
+        self.base.check_shapes(weights.shapes)
+        found: Params = {}
         for name in self.names:
-            if name in params:
-                value = params.pop(name)
-                found.setdefault(name, value)
+            if name in without:
+                continue
+            if name in self.base.weights:
+                found[name] = self.base.placed(name, weights.read(name))
             elif name.endswith(f".{_CODES}"):
                 module = name.removesuffix(f".{_CODES}")
-                kernel = params.pop(f"{module}.kernel")
-                found[name], found[f"{module}.{_SCALES}"] = self._quantized(module, kernel)
+                found[name], found[f"{module}.{_SCALES}"] = self._quantized(f"{module}.kernel", weights)
         return found
 
     def _first(self) -> Params:
@@ -280,15 +289,17 @@ class AdaptedParts(ModelParts):
             for name, value in (halves | dict(start.saved)).items()
         }
 
-    def _quantized(self, module: str, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Codes and scales of a kernel, a layer at a time."""
-        info = self.base.weights[f"{module}.kernel"]
+    def _quantized(self, name: str, weights: Weights) -> tuple[jax.Array, jax.Array]:
+        """Codes and scales of a kernel; of one with layers no more than one layer is held beside them."""
+        info, module = self.base.weights[name], name.removesuffix(".kernel")
         stacked = info.axes[0] == "layers"
         outputs = range(info.inputs, len(info.shape) - stacked)
+        names = f"{module}.{_CODES}", f"{module}.{_SCALES}"
+        shardings = tuple(self.shardings[name] for name in names)
 
         def one(kernel):
             array = qwix.quantize(
-                kernel,
+                kernel.astype(info.dtype),
                 _TYPES[self.adapter.quantize],
                 channelwise_axes=tuple(outputs),
                 tiled_axes=_tiles(info.inputs, self.adapter.tile_size),
@@ -298,11 +309,35 @@ class AdaptedParts(ModelParts):
                 codes = jax.lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, 2), jnp.uint8)
             return codes, array.scale
 
-        shardings = self.shardings[f"{module}.{_CODES}"], self.shardings[f"{module}.{_SCALES}"]
-        work = functools.partial(jax.lax.map, one) if stacked else one
-        return jax.jit(work, out_shardings=shardings)(kernel)
+        if not stacked:
+            return jax.jit(one, out_shardings=shardings)(weights.read(name))
 
-    def _check_start(self, path: str, start: peft.Adapter) -> None:
+        def put(stacks, kernel, layer):
+            return tuple(
+                jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
+                for stack, value in zip(stacks, one(kernel), strict=True)
+            )
+
+        def empty():
+            return tuple(jnp.zeros(self.weights[name].shape, self.weights[name].dtype) for name in names)
+
+        stacks = jax.jit(empty, out_shardings=shardings)()
+        put = jax.jit(put, donate_argnums=0, out_shardings=shardings)
+        for layer in range(info.shape[0]):
+            # Each layer is gone from the device before the next one comes.
+            stacks = jax.block_until_ready(put(stacks, weights.read_layer(name, layer), layer))
+        return stacks
+
+    @functools.cached_property
+    def _start(self) -> peft.Adapter | None:
+        """The adapter to begin with; a run that goes on does without."""
+        if not self.adapter.start:
+            return None
+        start = peft.read(self.adapter.start, self.config)
+        self._check_fits(self.adapter.start, start)
+        return start
+
+    def _check_fits(self, path: str, start: peft.Adapter) -> None:
         """Refuses to begin with an adapter of other modules or another rank."""
         if (start.rank, start.alpha) != (self.adapter.rank, self.adapter.alpha):
             raise CheckpointError(

@@ -2,7 +2,7 @@
 
 Made in Python files (`configs/`), changed from the command line by dotted names (`qwenvl_jax.train.overrides`). What
 changes the numbers of a run is part of its fingerprint, and a run continues only with the same one; `RUNTIME_FIELDS`
-are the others.
+and `EXECUTION_FIELDS` are the others.
 """
 
 import dataclasses
@@ -40,6 +40,9 @@ RUNTIME_FIELDS = frozenset(
         "validation",
     }
 )
+
+# Settings of a stage that change nothing beyond rounding: a run may go on with others.
+EXECUTION_FIELDS = ("remat", "unroll", "attention", "loss_chunk", "microbatches")
 
 # Parts of the model with learning rates of their own, and the first names of their weights.
 PARTS = {"vision": ("vision",), "mergers": ("merger", "deepstack"), "text": ("text",)}
@@ -163,7 +166,7 @@ class OptimizerConfig:
         (("vision", 0.3),). Parts are those of `PARTS`; without a pair a part has 1.
       schedule: after the warm-up, "constant"; "cosine" down to `final_fraction` of the peak; or "wsd" (warm-up, stable,
         decay): the peak, then down to `final_fraction` of it over the last `decay_fraction` of the stage.
-      warmup_steps: steps of linear growth from 0.
+      warmup_steps: steps of linear growth from 0; a stage of no more steps never comes to its peak, and says so.
       final_fraction: of the peak, reached at the end of the last step of a cosine or of a decay.
       decay_fraction: share of the stage's steps, of its last ones, that the decay of "wsd" takes.
       decay_shape: of that decay, over its share t of steps done: "linear", 1 - t, or "sqrt", 1 - sqrt(t).
@@ -292,7 +295,7 @@ class StageConfig:
         supervised tokens by the square root of N (an interpretation of the Qwen3-VL report, section 3).
       loss_chunk: tokens whose logits are held at a time.
       microbatches: parts in which a batch is taken, one after another; memory holds the activations of one.
-      router_balance: weight of the load balance of a decoder with experts, beside the loss.
+      router_balance: weight of the load balance of a decoder with experts, beside the loss; of each microbatch.
       router_z: weight of its router's z-loss.
       guard: which steps are left out.
       validation: what it is judged by on the way.
@@ -400,9 +403,10 @@ class TrainConfig:
       stages: in order; each goes on with the weights of the one before.
       processor: folder (or hub id) of tokenizer and preprocessor settings; None takes that of the pretrained model.
       init: folder (or hub id) of the first weights, in place of `model`'s own or of random ones.
-      seed: of random weights and shuffles.
+      seed: of random weights and shuffles, from 0 to 2**32 - 1.
       dtype: of activations.
-      param_dtype: of the weights and of the optimizer's state.
+      param_dtype: of the weights and of the optimizer's state; weights that learn have no other copy, so that with
+        "bfloat16" small changes are rounded away.
       checkpoint_every: steps between checkpoints; one is also written at the end of each stage.
       keep_checkpoints: how many of the latest stay.
       keep_every: checkpoints of steps that are multiples of this stay for ever; 0 keeps none beside the latest.
@@ -432,6 +436,8 @@ class TrainConfig:
         for field in ("checkpoint_every", "keep_checkpoints"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field}={getattr(self, field)} must be at least 1.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} must be from 0 to {2**32 - 1}.")
         if self.keep_every < 0 or self.keep_every % self.checkpoint_every:
             raise ConfigError(
                 f"keep_every={self.keep_every} must be a multiple of checkpoint_every={self.checkpoint_every}, or 0."
@@ -462,7 +468,27 @@ def fingerprint(config: TrainConfig) -> dict[str, str]:
     """The settings that the numbers of a run follow from, by dotted name, as text.
 
     Data sources are left out: where data lies changes nothing, and what it holds has a digest of its own. So is the
-    mesh: a run may go on with other devices, whose sums are the same but for rounding.
+    mesh: a run may go on with other devices, whose sums are the same but for rounding. And so are the settings of
+    `execution_settings`.
     """
-    skipped = RUNTIME_FIELDS | {"source", "root", "checkpoint_every", "mesh"}
-    return {name: repr(value) for name, value in flat(config) if skipped.isdisjoint(name.split("."))}
+    skipped, executed = RUNTIME_FIELDS | {"source", "root", "checkpoint_every", "mesh"}, execution_settings(config)
+    return {
+        name: repr(value)
+        for name, value in flat(config)
+        if name not in executed and skipped.isdisjoint(name.split("."))
+    }
+
+
+def execution_settings(config: TrainConfig) -> dict[str, str]:
+    """How the stages are carried out on their devices, by dotted name, as text: it changes nothing beyond rounding.
+
+    A router's losses are those of each microbatch, so that where a stage has them, `microbatches` is not among these.
+    """
+    # Of a model that is named only, nobody knows here whether it has experts.
+    experts = isinstance(config.model, str) or config.model.text.moe is not None
+    return {
+        f"stages.{index}.{name}": repr(getattr(stage, name))
+        for index, stage in enumerate(config.stages)
+        for name in EXECUTION_FIELDS
+        if not (name == "microbatches" and experts and (stage.router_balance or stage.router_z))
+    }

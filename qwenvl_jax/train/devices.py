@@ -8,6 +8,8 @@ from jax.sharding import Mesh
 
 from qwenvl_jax.data.packing import AUTO, BatchShape
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.ops.row_attention import splash_multiple
+from qwenvl_jax.ops.splash import LANES
 from qwenvl_jax.parallel.mesh import AXES, make_mesh
 from qwenvl_jax.parallel.placement import Execution
 from qwenvl_jax.parallel.rules import BATCH_AXES, Rules, make_rules
@@ -21,8 +23,8 @@ def mesh_of(config: TrainConfig, devices: list[jax.Device] | None = None) -> tup
       devices: those to use; all by default.
 
     Raises:
-      ConfigError: sizes that the devices do not have, unknown rules, batches that the mesh does not divide, or an
-        attention of other devices.
+      ConfigError: sizes that the devices do not have, unknown rules, rules that split a mesh axis in two ways, batches
+        that the mesh does not divide, or an attention of other devices or other lengths.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
@@ -35,12 +37,35 @@ def mesh_of(config: TrainConfig, devices: list[jax.Device] | None = None) -> tup
     execution = Execution(mesh, rules)
     for stage in config.stages:
         _check_batch(stage, execution)
+        if stage.attention == "splash" and (missed := _splash_misses(stage, execution)):
+            raise ConfigError(f"stage {stage.name}: attention=splash: {missed}; change one of them.")
         if stage.attention == "cudnn" and (execution.platform != "gpu" or config.dtype == "float32"):
             raise ConfigError(
                 f"stage {stage.name}: attention=cudnn wants an NVIDIA GPU and dtype=bfloat16, and this run has "
                 f"{execution.platform} and dtype={config.dtype}; set attention=auto."
             )
     return mesh, rules
+
+
+def attention_notes(config: TrainConfig, mesh: Mesh, rules: Rules) -> list[str]:
+    """What a run should say of its stages' attention: where a TPU does without its kernel."""
+    execution = Execution(mesh, rules)
+    return [
+        f"stage {stage.name}: plain attention, which takes far more memory than the TPU's kernel: {missed}"
+        for stage in config.stages
+        if stage.attention == "auto" and execution.backend == "splash" and (missed := _splash_misses(stage, execution))
+    ]
+
+
+def _splash_misses(stage: StageConfig, execution: Execution) -> str:
+    """Why the kernel for TPUs does not take a stage's rows of text; nothing where it does."""
+    multiple = splash_multiple(execution)
+    if stage.batch.length % multiple == 0:
+        return ""
+    return (
+        f"batch.length={stage.batch.length} is no multiple of {multiple}, two chunks of {LANES} for each device of "
+        "mesh.context"
+    )
 
 
 def _check_batch(stage: StageConfig, execution: Execution) -> None:

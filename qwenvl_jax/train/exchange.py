@@ -6,6 +6,7 @@ decision to go on are the same in all of them.
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 
@@ -25,6 +26,9 @@ class Exchange:
       processes: of the run.
       part: which part of each batch this process makes; see `qwenvl_jax.parallel.placement.row_share`.
       say: where messages go; those of other processes come with their number, in process 0.
+
+    Attributes:
+      waits: seconds in which the devices waited for the last batch: for this process's part, then for the others'.
     """
 
     def __init__(self, processes: Processes, part: int, say: Callable[[str], None]):
@@ -33,6 +37,7 @@ class Exchange:
         self._givers = first_of_each(self._parts)
         self._notes: list[str] = []
         self.pace = Pace(say)
+        self.waits = (0.0, 0.0)
 
     def say(self, line: str) -> None:
         """Says a line in the log of the run, out of whichever process."""
@@ -41,19 +46,27 @@ class Exchange:
         else:
             self._notes.append(line)
 
-    def batches(self, stage: str, done: int, batches: Iterator[PlannedBatch]) -> Generator[PlannedBatch]:
+    def batches(
+        self,
+        stage: str,
+        done: int,
+        batches: Iterator[PlannedBatch],
+        free_at: Callable[[], float] = lambda: -math.inf,
+    ) -> Generator[PlannedBatch]:
         """Whole batches, but for their arrays, which are this process's part.
 
         Args:
           stage: its name.
           done: steps of the run done before the first batch.
           batches: the parts that this process makes; closed with this.
+          free_at: when the devices were done with the step before, by `time.monotonic()`, infinity while they are not;
+            only from then on do they wait. See `qwenvl_jax.train.timings.LastStep`.
 
         Raises:
           RuntimeError: processes that make the same part made it differently. It is no mistake of the settings, and
             what was wrong with one of them may be over when the run is started again.
         """
-        began, idle = None, 0.0
+        began, wait, idle = None, 0.0, 0.0
         try:
             while True:
                 asked = time.monotonic()
@@ -61,15 +74,16 @@ class Exchange:
                 if planned is None:
                     return
                 done += 1
-                now = time.monotonic()
+                came = time.monotonic()
+                wait = max(came - max(asked, free_at()), 0.0)
                 record = {
                     "tokens": planned.tokens,
                     "rows": planned.row_hashes,
                     "work": dataclasses.asdict(planned.work),
                     "failed": [dataclasses.astuple(failure) for failure in planned.failed],
                     "notes": self._notes,
-                    # Seconds: for this batch; of the step before; and of those for the others' batches.
-                    "wait": now - asked,
+                    # Seconds that devices waited for this batch; of the step before; of those, waiting for the others.
+                    "wait": wait,
                     "step": None if began is None else asked - began,
                     "idle": idle,
                 }
@@ -80,7 +94,8 @@ class Exchange:
                 records = [json.loads(text) for text in gathered]
                 # All have begun this step, so all have read what was said before the one before.
                 self._processes.forget(f"step/{done - 1}")
-                idle = time.monotonic() - now
+                idle = max(time.monotonic() - max(came, free_at()), 0.0)
+                self.waits = (wait, idle if len(records) > 1 else 0.0)
                 self._check_alike(done, records)
                 if self._processes.index == 0:
                     self._tell(records)

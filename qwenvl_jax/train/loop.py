@@ -23,27 +23,27 @@ from qwenvl_jax.data.failure import Failure, check_share
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.flops import peak_flops, step_flops
-from qwenvl_jax.models.pretrained import load
+from qwenvl_jax.models.pretrained import Reader
 from qwenvl_jax.parallel.host_memory import keep_freed_memory
 from qwenvl_jax.parallel.placement import Execution, row_share, shard_batch
-from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train import program, run_folder
 from qwenvl_jax.train.adapters import make_parts
-from qwenvl_jax.train.config import TrainConfig, fingerprint
-from qwenvl_jax.train.config_file import load_config_file
+from qwenvl_jax.train.config import TrainConfig, execution_settings, fingerprint
+from qwenvl_jax.train.config_file import prepared_config
 from qwenvl_jax.train.curriculum import Stage, prepare_stages
-from qwenvl_jax.train.devices import mesh_of
+from qwenvl_jax.train.devices import attention_notes, mesh_of
 from qwenvl_jax.train.exchange import Exchange
+from qwenvl_jax.train.export import keep_facts
 from qwenvl_jax.train.metrics import MetricsLog, learning_rates
-from qwenvl_jax.train.overrides import apply_overrides
+from qwenvl_jax.train.optimizer import optimizer_notes
 from qwenvl_jax.train.processes import Processes
 from qwenvl_jax.train.profile import Profiler
 from qwenvl_jax.train.progress import Progress
 from qwenvl_jax.train.quarantine import FILE, Quarantine
 from qwenvl_jax.train.report import write_report
-from qwenvl_jax.train.state import Params, TrainState
+from qwenvl_jax.train.state import Params, TrainState, Weights
 from qwenvl_jax.train.stopping import Stop, stop_signals
-from qwenvl_jax.train.timings import TimingLog, first_start
+from qwenvl_jax.train.timings import LastStep, TimingLog, first_start
 from qwenvl_jax.train.tracking import Trackers, check_trackers
 from qwenvl_jax.train.validation import Validation, prepare_validation
 
@@ -113,25 +113,14 @@ def train_command(
     """Trains as a config file says: the `train` command.
 
     Args:
-      config_path: see `qwenvl_jax.train.config_file`.
-      overrides: `--name value ...` arguments; see `qwenvl_jax.train.overrides`.
-      model: in place of the config's: a preset's name (its shape, random weights), or the folder or hub id of a
-        pretrained model, whose processor is then used too.
+      config_path, overrides, model: see `qwenvl_jax.train.config_file.prepared_config`.
       out: the run's folder; `runs/<folder of the config>/<its name>` without it.
       profile: see `train`.
 
     Raises:
       QwenVLError: what is wrong with the config file, a setting, the data or the run's folder.
     """
-    written, prepare = load_config_file(config_path)
-    config = apply_overrides(written, overrides)
-    if model in PRESETS:
-        config = dataclasses.replace(config, model=PRESETS[model])
-    elif model is not None:
-        # A pretrained model brings its own processor, unless the command line names another.
-        processor = config.processor if config.processor != written.processor else None
-        config = dataclasses.replace(config, model=model, processor=processor)
-    prepare(config)
+    config = prepared_config(config_path, overrides, model)
     path = Path(config_path).absolute()
     return train(config, out or Path("runs") / path.parent.name / path.stem, profile=profile)
 
@@ -155,6 +144,8 @@ class _Run:
         check_trackers(config.track)
         self.profiler = Profiler(profile, self.out / "profile", self.say, folder.out / "profile")
         self.mesh, self.rules = mesh_of(config)
+        for note in (*attention_notes(config, self.mesh, self.rules), *optimizer_notes(config)):
+            self.say(note)
         origin = config.processor or config.init or config.model
         if isinstance(origin, QwenVLConfig):
             raise ConfigError("processor is empty; give the folder of a tokenizer and preprocessor settings.")
@@ -165,8 +156,11 @@ class _Run:
         self.parts = make_parts(config, shape, self.mesh, self.rules)
         for stage in config.stages:  # what they say of weights has to fit this model
             program.optimizer_of(self.parts, stage)
-        settings = fingerprint(dataclasses.replace(config, model=shape, processor=""))
+        shaped = dataclasses.replace(config, model=shape, processor="")
+        settings, self.execution = fingerprint(shaped), execution_settings(shaped)
         run_folder.check(folder, settings)
+        if not (folder.local / "config.json").exists():
+            self.parts.check_start()
         multiple = Execution(self.mesh, self.rules).split("vision_rows")
         host, hosts = row_share(self.mesh, self.rules)
         self.exchange = Exchange(processes, host, self.say)
@@ -181,12 +175,13 @@ class _Run:
             )
             for stage, its in zip(self.stages, self.held_out, strict=True)
         }
-        processes.check_same(self.fingerprint | judged | {"mesh": repr(config.mesh)})
+        processes.check_same(self.fingerprint | self.execution | judged | {"mesh": repr(config.mesh)})
 
     def go(self, store: CheckpointStore) -> RunResult:
         """Restores or begins, goes through the stages that are left, and writes the model."""
         place = store.progress()
         # Not before: a folder with a checkpoint of another run stays as it is.
+        keep_facts(self.out, self.parts.config, self.processor, self.config.param_dtype)
         self.folder.begin(self.fingerprint)
         done = 0
         if place:
@@ -195,17 +190,20 @@ class _Run:
             self.progress.resume(done)
             self.say(f"continuing after step {done} of {self.config.steps}")
             self._tell_mesh(place.get("mesh"))
+            self._tell_execution(place.get("execution", {}))
         else:
-            params, state = self._initial(), None
+            params, state = self.parts.begun(self._initial()), None
         metrics = MetricsLog(self.out / "metrics.jsonl", done)
         planned = [(stage.config.name, failure) for stage in self.stages for failure in stage.failures]
         self.quarantine = Quarantine(self.out, planned, done)
         self._before: dict[int, str] = {}
         devices = list(self.mesh.devices.flat)
         self.timings = TimingLog(self.out / "timings.jsonl", done, started=first_start(self.out), devices=devices)
+        self.profiler.expect(done, self.config.steps)
+        self.last_step = LastStep()
         # One process tells of all.
         track = self.config.track if self.processes.index == 0 else ()
-        self.trackers = Trackers(track, self.out, done, self.fingerprint)
+        self.trackers = Trackers(track, self.out, done, self.fingerprint, self.folder.name)
         if unknown := {device.device_kind for device in devices if peak_flops(device) is None}:
             self.say(f"no MFU is told: the peak FLOPs of {', '.join(sorted(unknown))} are not known")
         self.validation = Validation(
@@ -217,7 +215,7 @@ class _Run:
             tell=self.exchange.say,
             gather=self.processes.gather,
         )
-        logs = (metrics, self.timings, self.trackers, self.validation, self.profiler)
+        logs = (metrics, self.timings, self.last_step, self.trackers, self.validation, self.profiler)
         with contextlib.ExitStack() as opened, stop_signals(self.processes) as stop:
             for log in logs:
                 opened.enter_context(contextlib.closing(log))
@@ -236,13 +234,15 @@ class _Run:
                 plan = place.get("plan", "") if place and place["stage"] == stage.index else ""
                 # Closed however the stage ends, so that no worker stays.
                 mine = stage.batches(done, plan, functools.partial(self._say_of, stage))
-                with contextlib.closing(self.exchange.batches(stage.config.name, done, mine)) as batches:
+                whole = self.exchange.batches(stage.config.name, done, mine, self.last_step.done_at)
+                with contextlib.closing(whole) as batches:
                     state, done = self._run_stage(stage, batches, state, frozen, done, store, metrics, stop)
                 params = frozen | state.params
         store.wait()
         if done < self.config.steps or self.validation.due(self.stages[-1], done):
             self.say(f"stopped after step {done} of {self.config.steps}; the same command continues")
             return RunResult(self.folder.out, done, self.config.steps, None)
+        del state  # the optimizer's is not needed any more
         return RunResult(self.folder.out, done, self.config.steps, self._export(params))
 
     def _run_stage(self, stage: Stage, batches, state, frozen, done: int, store, metrics, stop):
@@ -254,23 +254,24 @@ class _Run:
             metrics.sync()
             # The place in the data: how many batches of which stage were taken, and how the plan goes on.
             place = {"stage": stage.index, "batches": done - stage.begin, "plan": plan, "mesh": self._mesh_facts()}
-            self.folder.publish()
+            place |= {"execution": self.execution, "source": self._source}
+            self.folder.publish(self.say)
             stored = self.parts.stored(frozen)
             store.save(done, {"state": state, "frozen": stored}, place | self.parts.origin(frozen))
             self.timings.start()
 
         compiled, plan, rates = None, "", learning_rates(stage.config)
         while done < stage.end and not stop.here():
-            asked = time.monotonic()
             planned = next(batches)
-            wait = time.monotonic() - asked
-            self.timings.waited(wait)
+            self.timings.waited(*self.exchange.waits)
+            self.progress.waited(*self.exchange.waits)
             self._leave_out(stage, done + 1, planned.failed)
             batch = shard_batch(planned.batch, self.mesh, self.rules)
             if compiled is None:
                 compiled = self._compile(stage, state, frozen, batch)
             with self.profiler.step(done + 1):
                 state, output = compiled(state, frozen, batch)
+            self.last_step.begin(output.loss)
             # How the plan went on before the steps whose lines may not be written yet: this and the one before it.
             self._before = {done + 1: plan} | {step: state for step, state in self._before.items() if step == done}
             done, plan = done + 1, planned.state
@@ -279,7 +280,6 @@ class _Run:
             line["learning_rate"] = float(rates[done - stage.begin - 1])
             self.timings.begin(done, planned.work, step_flops(self.parts.config, planned.work, state.params).total)
             self._written(metrics.push(line, output, stage.classes))
-            self.progress.waited(wait)
             self._validate(stage, state, frozen, done, metrics, stop)
             if done == stage.end or done % self.config.checkpoint_every == 0:
                 save()
@@ -297,6 +297,7 @@ class _Run:
             began = time.monotonic()
             if line := self.validation.judge(stage, done, frozen | state.params, stop.here):
                 self.trackers.write("validation", line)
+                (self.out / "report.html").unlink(missing_ok=True)  # of a run that was done; made anew with this line
             self.progress.paused(time.monotonic() - began)
             self.timings.start()
 
@@ -315,15 +316,27 @@ class _Run:
                 "optimizer and batches are the same, losses may differ in their last digits"
             )
 
+    def _tell_execution(self, before: dict[str, str]) -> None:
+        """A run may go on with other settings of how it is carried out: it is the same run, but for rounding."""
+        now = self.execution
+        changed = [f"{name}={now[name]} (was {was})" for name, was in before.items() if now.get(name, was) != was]
+        if changed:
+            self.say(f"goes on with {', '.join(changed)}: the same but for rounding, losses may differ in last digits")
+
     def _tell_waits(self, stage: Stage) -> None:
         """Says how much of a stage's time went into waiting for batches, if that is worth a change."""
-        share = self.progress.wait_share
-        if share > _WORTH_TELLING:
+        own, others = self.progress.wait_shares
+        if own > _WORTH_TELLING:
             data = stage.config.data
             self.say(
-                f"{stage.config.name}: {share:.0%} of the time was spent waiting for batches (see "
+                f"{stage.config.name}: {own:.0%} of the time was spent waiting for batches (see "
                 f"{self.timings.path.name}); more data.workers (now {data.workers}) or "
                 f"data.threads (now {data.threads}) shorten it",
+            )
+        if others > _WORTH_TELLING:
+            self.say(
+                f"{stage.config.name}: {others:.0%} of the time was spent waiting for other processes (see "
+                f"{self.timings.path.name}); this log names those that are behind"
             )
 
     def _leave_out(self, stage: Stage, step: int, failures: Sequence[Failure]) -> None:
@@ -401,13 +414,14 @@ class _Run:
             state = dataclasses.replace(state, opt_state=opt_state, rng=before.rng)
         return dataclasses.replace(state, params=learning)
 
-    def _initial(self) -> Params:
+    def _initial(self) -> Weights:
+        """The weights that the run begins with."""
         config, source = self.config, self._source
         if source is None:
             self.say(f"no initial weights given: starting from random ones (seed {config.seed})")
-            return self.parts.random(config.seed)
+            return self.parts.drawn(config.seed)
         self.say(f"starting from the weights of {source}")
-        return self.parts.split(load(source, dtype=config.param_dtype, mesh=self.mesh, rules=self.rules))
+        return Reader(source, dtype=config.param_dtype, mesh=self.mesh, rules=self.rules)
 
     @property
     def _source(self) -> str | None:
@@ -427,14 +441,13 @@ class _Run:
         # What process 0 sees is what holds: it is the one that writes.
         if self.processes.gather("model", "written" if (target / "config.json").exists() else "")[0] != "written":
             self.parts.save_adapter(params, self.folder, self._source)
-            model = self.parts.merged(params)
             with self.folder.new_model() as folder:
-                model.save_pretrained(folder)
+                self.parts.save(params, folder)
                 if self.processes.index == 0:
                     self.processor.save_pretrained(folder)
             self.processes.gather("exported", "")
         if self.processes.index == 0 and not (self.out / "report.html").exists():
-            write_report(self.out)
+            write_report(self.out, self.folder.name)
             self.folder.publish()
         self.say(
             f"done: {self.config.steps} steps; the model is in {target}, the report is {self.folder.out}/report.html"

@@ -5,14 +5,14 @@ updates by the schedule's value. So the schedule belongs to the stage, not to th
 brings no old schedule with it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.train.config import PARTS, OptimizerConfig
+from qwenvl_jax.train.config import PARTS, OptimizerConfig, TrainConfig
 from qwenvl_jax.train.state import WeightInfo
 
 # Axes along which a weight is many matrices: layers of a stack, experts of a layer, and what is joined in one kernel
@@ -149,3 +149,26 @@ def _decay(config: OptimizerConfig, steps: int):
         return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * left)
 
     return schedule
+
+
+def optimizer_notes(config: TrainConfig) -> Iterator[str]:
+    """What a run should say of its update rules, a line each: where weights do not move as the settings read."""
+    if config.param_dtype == "bfloat16" and (not config.adapter.rank or config.adapter.modules_to_save):
+        what, instead = "the weights", "or adapters (adapter.rank)"
+        if config.adapter.rank:
+            what, instead = "the modules of adapter.modules_to_save", "or leave them out"
+        rates = sorted({stage.optimizer.learning_rate for stage in config.stages})
+        yield (
+            f"param_dtype=bfloat16: {what} learn in 16 bits, which round away a change of less than about 1/256 of a "
+            f"weight, so most changes at a learning rate of {' or '.join(f'{rate:g}' for rate in rates)}; take "
+            f"param_dtype=float32 with dtype=bfloat16, {instead}"
+        )
+    for stage in config.stages:
+        rule = stage.optimizer
+        if rule.warmup_steps >= stage.steps:
+            reached = float(learning_rate(rule, stage.steps)(stage.steps - 1))
+            yield (
+                f"{stage.name}: its {stage.steps} steps end within optimizer.warmup_steps={rule.warmup_steps}: the "
+                f"learning rate comes to {reached:.3g} and never to its peak of {rule.learning_rate:g}; lower "
+                "optimizer.warmup_steps with the steps"
+            )

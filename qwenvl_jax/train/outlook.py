@@ -14,9 +14,8 @@ from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.data.sheet import check_picture
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.config import TrainConfig
-from qwenvl_jax.train.config_file import load_config_file
+from qwenvl_jax.train.config_file import prepared_config
 from qwenvl_jax.train.curriculum import Stage, prepare_stages
-from qwenvl_jax.train.overrides import apply_overrides
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,6 +120,7 @@ def show(
     config_path: str,
     overrides: Sequence[str] = (),
     *,
+    model: str | None = None,
     steps: int | None = None,
     as_json: bool = False,
     out: str | None = None,
@@ -128,7 +128,7 @@ def show(
     """Plans the steps of a config's stages and prints what they hold.
 
     Args:
-      config_path, overrides: as of `qwenvl_jax.train.loop.train_command`.
+      config_path, overrides, model: see `qwenvl_jax.train.config_file.prepared_config`.
       steps: of each stage; all without.
       out: file to draw the steps into.
 
@@ -139,9 +139,7 @@ def show(
         raise ConfigError(f"--steps {steps} must be at least 1.")
     if out is not None:
         check_picture(out)
-    written, prepare = load_config_file(config_path)
-    config = apply_overrides(written, overrides)
-    prepare(config)
+    config = prepared_config(config_path, overrides, model)
     seen = [look(stage, min(steps or stage.config.steps, stage.config.steps)) for stage in _stages(config)]
     if out is not None:
         draw(seen, out)

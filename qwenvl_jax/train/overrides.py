@@ -1,7 +1,8 @@
 """Settings from the command line: `--seed 3 --stages.s1.optimizer.learning_rate 0.01 --steps 20`.
 
 A name is dotted; an entry of `stages` goes by its name or number; a stage's setting without that prefix is meant for
-every stage. Values are read by tyro, by the type of the setting.
+every stage. Values are read by tyro, by the type of the setting; paths make data sets where there are none yet:
+`--validation.data held.jsonl`.
 """
 
 import contextlib
@@ -10,7 +11,9 @@ import difflib
 import io
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 
+from qwenvl_jax.data.mixture import MixturePart
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.config import TrainConfig
 
@@ -22,10 +25,25 @@ def apply_overrides(config: TrainConfig, arguments: Sequence[str]) -> TrainConfi
     groups of a batch may be given in either order.
 
     Raises:
-      ConfigError: an unknown name (with the nearest known one), a missing value, or one of the wrong type.
+      ConfigError: an unknown name (with the nearest known one), a missing value, one of the wrong type, or a setting of
+        a validation that has no data.
     """
     given = {path: (values, name) for name, values in _pairs(arguments) for path in _targets(config, name)}
-    return _replaced(config, given)
+    changed = _replaced(config, given)
+    _check_judged(changed, given)
+    return changed
+
+
+def _check_judged(config: TrainConfig, given: dict[tuple[str, ...], tuple[list[str], str]]) -> None:
+    """Refuses a name that sets nothing but how stages are judged that are judged by nothing."""
+    heard: dict[str, bool] = {}
+    for path, (_, name) in given.items():
+        silent = path[2:3] == ("validation",) and not config.stages[int(path[1])].validation.data
+        heard[name] = heard.get(name, False) or not silent
+    for name, is_heard in heard.items():
+        if not is_heard:
+            data = f"{name.rpartition('.')[0]}.data"
+            raise ConfigError(f"--{name} does nothing without data to judge by; add --{data} held-out.jsonl.")
 
 
 def _pairs(arguments: Sequence[str]):
@@ -102,6 +120,10 @@ def _parsed(annotation, values: list[str], name: str):
     """The value of a setting of this type, read by tyro."""
     import tyro
 
+    if not values:
+        raise ConfigError(f"--{name} needs a value.")
+    if MixturePart in typing.get_args(annotation):
+        return _data_sets(values, name)
     if annotation is typing.Any:
         # A data source: a path, or several.
         annotation = str if len(values) == 1 else tuple[str, ...]
@@ -111,8 +133,6 @@ def _parsed(annotation, values: list[str], name: str):
         # The model: a shape in a config file, a name or path on the command line.
         annotation = str
     shown = " ".join(values)
-    if not values:
-        raise ConfigError(f"--{name} needs a value.")
     errors = io.StringIO()
     try:
         with contextlib.redirect_stdout(errors), contextlib.redirect_stderr(errors):
@@ -121,3 +141,13 @@ def _parsed(annotation, values: list[str], name: str):
         kind = getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation)
         kind = str(kind).replace("typing.", "")
         raise ConfigError(f"--{name} {shown}: expected a value of type {kind}; give one.") from error
+
+
+def _data_sets(paths: list[str], name: str) -> tuple[MixturePart, ...]:
+    """A data set for each path; of several, each is called as its file is."""
+    names = [Path(path).stem for path in paths] if len(paths) > 1 else [""]
+    if not all(paths) or len(set(names)) < len(names):
+        raise ConfigError(
+            f"--{name} {' '.join(paths)}: expected paths of data sets, no two of the same name; give those."
+        )
+    return tuple(map(MixturePart, names, paths))

@@ -12,9 +12,9 @@ _ABOVE = 2.0  # times the median of the processes that is well above it
 class Pace:
     """Gathers seconds by process and, once in a while, names those that are well behind the others.
 
-    Every process is as fast as the slowest, since a step is taken together. What tells them apart is what they wait
-    for: for a batch of their own (a starved loader), or for the others to come to the step (the one that never does is
-    the slow one: its host is busy, or its data late). A device that computes slowly is not seen here.
+    Every process is as fast as the slowest, since a step is taken together. What tells them apart is what their devices
+    wait for: for a batch of their own (a starved loader), or for the others to come to the step (the one that never
+    does is the slow one: its host is busy, or its data late). A device that computes slowly is not seen here.
 
     Args:
       say: told, at most once for each look and process.
@@ -31,7 +31,7 @@ class Pace:
 
         Args:
           records: by process: "step", seconds of the step before or None; "idle", those of them spent waiting for the
-            other processes; "wait", seconds spent waiting for this step's batch.
+            other processes; "wait", seconds in which its devices waited for this step's batch.
         """
         if stage != self._stage:
             self._stage, self._seen = stage, []

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax.errors import ConfigError, QwenVLError, StoreError
 from qwenvl_jax.train import clusters
 from qwenvl_jax.train.refusals import refusal
 
@@ -144,6 +144,7 @@ class Processes:
         # Each run that these processes carry out, one after the other, has keys of its own.
         self._scope = f"qwenvl_jax/{next(_runs) if client is None else 'given'}"
         self._client: Any = _client() if self.count > 1 and client is None else client
+        self._leaving: list[Callable[[], None]] = []
 
     @contextlib.contextmanager
     def screen(self) -> Iterator[TextIO | None]:
@@ -243,6 +244,15 @@ class Processes:
             self.put(f"{name}/{index}", text)
 
     @contextlib.contextmanager
+    def leaving(self, act: Callable[[], None]) -> Iterator[None]:
+        """Meanwhile has `act` be called when this process exits at once, see `sharing_fate`: nothing else clears up."""
+        self._leaving.append(act)
+        try:
+            yield
+        finally:
+            self._leaving.remove(act)
+
+    @contextlib.contextmanager
     def sharing_fate(self) -> Iterator[None]:
         """Ends all processes when an error ends one: none can go on alone, and waiting for a lost one has no end.
 
@@ -257,7 +267,7 @@ class Processes:
                 yield
         except BaseException as error:
             status, told = _told(error)
-            if status == 1:
+            if status == 1 and not isinstance(error, StoreError):  # which tells all there is
                 with contextlib.suppress(OSError):  # as below
                     traceback.print_exc()
                 told += "; start the processes again, the run continues from its latest checkpoint"
@@ -276,6 +286,9 @@ class Processes:
             sys.stdout.flush()
         if self.index == 0:
             time.sleep(_READING_SECONDS)
+        for act in tuple(self._leaving):
+            with contextlib.suppress(Exception):
+                act()
         # Not by way of the interpreter's end, which waits for the other processes.
         os._exit(status)
 
@@ -285,6 +298,8 @@ def _told(error: BaseException) -> tuple[int, str]:
     first = _first_line(error)
     if isinstance(error, QwenVLError):
         return 2, " ".join(str(error).split())
+    if isinstance(error, StoreError):
+        return 1, " ".join(str(error).split())
     if line := refusal(error):
         return 2, line
     if isinstance(error, KeyboardInterrupt):

@@ -47,6 +47,18 @@ class Profiler:
                 f"--profile {steps} must be a number of steps, such as 5, or the first and the last, such as 10-15."
             )
 
+    def expect(self, done: int, steps: int) -> None:
+        """Says so if none of the steps that are left, those after `done` up to `steps`, is to be traced."""
+        first, last = self._first, self._last
+        if self._count:
+            first = done + 1 + _WARM_UP
+            last = first + self._count - 1
+        if last >= 0 and (last <= done or first > steps):
+            self._say(
+                f"nothing is traced: --profile asks for steps {first} to {last}, and {done} of {steps} are done; ask "
+                "for some of those that are left"
+            )
+
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Stands around the call of step `number` of the run."""
@@ -55,7 +67,7 @@ class Profiler:
             self._last, self._count = self._first + self._count - 1, 0
         if not self._open and self._first <= number <= self._last:
             jax.profiler.start_trace(self._folder)
-            self._open = True
+            self._open, self._first = True, number
         with jax.profiler.StepTraceAnnotation(ANNOTATION, step_num=number):
             yield
 

@@ -28,7 +28,7 @@ class Progress:
         self._steps, self._done, self._log = steps, done, log
         self._stream = stream or sys.stderr
         self._began, self._shown = time.monotonic(), float("-inf")
-        self._first, self._tokens, self._waited = done, 0, 0.0
+        self._first, self._tokens, self._waited, self._others = done, 0, 0.0, 0.0
         self._seen, self._used = 0, 0.0
         self._bar: Bar | None = None
 
@@ -64,21 +64,24 @@ class Progress:
 
     def start_clock(self) -> None:
         """Begins to count speed anew, after a pause for compiling."""
-        self._began, self._first, self._tokens, self._waited = time.monotonic(), self._done, 0, 0.0
+        self._began, self._first, self._tokens = time.monotonic(), self._done, 0
+        self._waited, self._others = 0.0, 0.0
         self._seen, self._used = 0, 0.0
 
     def paused(self, seconds: float) -> None:
         """Leaves a pause, in which no step was to be taken, out of the speed."""
         self._began += seconds
 
-    def waited(self, seconds: float) -> None:
-        """Counts a wait for a batch."""
-        self._waited += seconds
+    def waited(self, own: float, others: float = 0.0) -> None:
+        """Counts a wait of the devices for a batch: for this process's part, and then for the other processes."""
+        self._waited += own
+        self._others += others
 
     @property
-    def wait_share(self) -> float:
-        """Share of the time, since the clock was started, that went into waiting for batches."""
-        return self._waited / max(time.monotonic() - self._began, 1e-9)
+    def wait_shares(self) -> tuple[float, float]:
+        """Shares of the time, since the clock was started, that went into the one wait and into the other."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        return self._waited / seconds, self._others / seconds
 
     def update(self, line: dict[str, Any], timing: "Timing | None" = None) -> None:
         """Takes a finished step's line of the metrics, and how fast it was."""
@@ -100,8 +103,8 @@ class Progress:
         if self._used:
             figures += f"  MFU {self._used / seconds:.1%}"
         figures += f"  {_clock(left)} left"
-        if self.wait_share >= _WAIT_SHOWN:
-            figures += f"  waits for data {self.wait_share:.0%}"
+        if (share := sum(self.wait_shares)) >= _WAIT_SHOWN:
+            figures += f"  waits for data {share:.0%}"
         if self._bar is None:
             print(f"{line['stage']} step {self._done}/{self._steps}  {figures}", file=self._stream, flush=True)
         else:

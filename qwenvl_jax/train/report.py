@@ -27,15 +27,20 @@ _COLOURS = (ACCENT, ALERT, "#1d8a4a", "#8a4fc7", "#c78a1d", "#1d9aa8", "#b23a7e"
 Lines = Sequence[Mapping[str, Any]]
 
 
-def write_report(out: Path) -> Path:
-    """Writes `report.html` into the folder of a run, whole or not at all, and returns its path."""
+def write_report(out: Path, name: str = "") -> Path:
+    """Writes `report.html` into the folder of a run, whole or not at all, and returns its path.
+
+    Args:
+      out: the folder.
+      name: of the run; the folder's by default.
+    """
     metrics, timings, validation = (_read(out / f"{name}.jsonl") for name in ("metrics", "timings", "validation"))
     settings = json.loads((out / "config.json").read_text())
     begins = [(line["step"], line["stage"]) for n, line in enumerate(metrics) if _begins(metrics, n)]
     return write_page(
         Path(__file__).with_name("report.html.jinja"),
         out / "report.html",
-        title=out.name,
+        title=name or out.name,
         headline=_headline(metrics, begins),
         figures=_figures(metrics, timings, validation),
         sections=list(_sections(metrics, timings, validation, begins)),

@@ -2,7 +2,8 @@
 
 It lies on a disk that all processes of the run see, or in a bucket (gs://...). Files cannot grow in a bucket, so there
 the run writes them on its own disk and uploads those that changed with each checkpoint, before the checkpoint is whole,
-and at its end. Processes other than the first read the folder once, and what they note goes nowhere.
+and at its end. What a bucket does not take with one checkpoint it gets with the next; a run that is killed in between
+lacks it there. Processes other than the first read the folder once, and what they note goes nowhere.
 
 config.json      the settings that the numbers follow from
 metrics.jsonl    one line a step
@@ -13,6 +14,7 @@ train.log        what the run said
 quarantine.jsonl samples that could not be used, and why; see `qwenvl_jax.train.quarantine`
 tensorboard/     what TensorBoard shows, and wandb/ likewise, where `track` asks for it
 checkpoints/     by step, see `qwenvl_jax.checkpoint.store`
+processor/       the model's shape, tokenizer and preprocessor settings: see `qwenvl_jax.train.export`
 report.html      the course of a run that is done, with plots
 profile/         a trace, where `--profile` asks for one
 model/           the trained model in the public layout, when the run is done
@@ -28,13 +30,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from qwenvl_jax.errors import ConfigError, QwenVLError
+from qwenvl_jax.errors import ConfigError, QwenVLError, StoreError
 from qwenvl_jax.train.processes import Processes
 from qwenvl_jax.train.refusals import naming, refusal
 
@@ -46,6 +49,8 @@ _LAST = ("config.json", "adapter_config.json")
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 # What has a folder of its own for each kind and is never looked at again.
 _KEPT_THERE = ("checkpoints", "model", "adapter")
+# What a process that ends at once, others waiting for it, may take to leave its files.
+_LEAVING_SECONDS = 20.0
 
 
 @dataclasses.dataclass
@@ -67,6 +72,11 @@ class RunFolder:
     published: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        """What the run is called where it is shown."""
+        return self.out.name or str(self.out)
+
+    @property
     def checkpoints(self):
         """Where the checkpoints lie."""
         return self.out / "checkpoints"
@@ -79,21 +89,47 @@ class RunFolder:
         """
         write_atomically(self.local / "config.json", json.dumps(fingerprint, indent=2) + "\n")
         self.begun = True
-        self.publish()
+        with _told(self.out, "cannot be written"):
+            self._upload()
 
-    def publish(self) -> None:
+    def publish(self, say: Callable[[str], None] | None = None) -> None:
         """Makes the small files as they are now the ones in `out`.
 
+        Args:
+          say: told if the bucket does not take them, which is then no error: it may take them the next time.
+
         Raises:
-          ConfigError: the bucket does not take them.
+          StoreError: the bucket does not take them, and there is no `say`.
         """
+        try:
+            with _failing(self.out, "cannot be written"):
+                self._upload()
+        except StoreError as error:
+            if say is None:
+                raise
+            reason = _reason(error.__cause__ or error, self.out)
+            say(f"{self.out} does not take files ({reason}); it gets them with the next checkpoint")
+
+    def leave(self) -> None:
+        """Publishes what there is, as far as it goes, and removes `local`: of a process that nothing else clears up."""
+
+        def publish() -> None:
+            with contextlib.suppress(Exception):
+                self._upload()
+
+        # It may be a bucket that ends the process, and the others wait.
+        thread = threading.Thread(target=publish, daemon=True, name="leave")
+        thread.start()
+        thread.join(_LEAVING_SECONDS)
+        shutil.rmtree(self.local, ignore_errors=True)
+
+    def _upload(self) -> None:
         if self.begun and self.writes and self.local != self.out:
-            with _told(self.out, "cannot be written"):
-                for name in _small_files(self.local):
-                    state = self._state(name)
-                    if self.published.get(name) != state:
-                        _copy(self.local / name, self.out / name)
-                        self.published[name] = state
+            for name in _small_files(self.local):
+                state = self._state(name)
+                if self.published.get(name) != state:
+                    _copy(self.local / name, self.out / name)
+                    self.published[name] = state
 
     def fetch(self) -> None:
         """Copies the small files to `local`, as far as this process goes on with them.
@@ -117,6 +153,9 @@ class RunFolder:
         """Gives a folder to fill, whose content becomes `name` when all went well.
 
         In a bucket, where no folder is renamed at once, the file that says that it is whole comes last.
+
+        Raises:
+          StoreError: the bucket does not take it.
         """
         if self.local == self.out:
             with new_folder(self.local / name) as folder:
@@ -126,7 +165,7 @@ class RunFolder:
             folder = Path(making)
             yield folder
             if self.writes:
-                with _told(self.out, "cannot be written"):
+                with _failing(self.out, "cannot be written"):
                     for path in sorted(folder.iterdir(), key=lambda path: path.name in _LAST):
                         _copy(path, self.out / name / path.name)
 
@@ -141,6 +180,7 @@ def opened(out, processes: Processes) -> Iterator[RunFolder]:
 
     Raises:
       ConfigError: the folder cannot be made or written, is in use, or is not the same in all processes.
+      StoreError: a bucket does not take the last of the run's files.
     """
     remote = _is_address(str(out))
     out = epath.Path(out) if remote else Path(out)
@@ -163,10 +203,16 @@ def opened(out, processes: Processes) -> Iterator[RunFolder]:
             local = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qwenvl-jax-run-")))
             folder = RunFolder(out, local, processes.index == 0)
             folder.fetch()
-            stack.callback(folder.publish)
+            stack.enter_context(processes.leaving(folder.leave))
         # Nothing changes before each has its copy.
         processes.gather("opened", "")
-        yield folder
+        try:
+            yield folder
+        except BaseException:  # which is what is to be told
+            with contextlib.suppress(Exception):
+                folder.publish()
+            raise
+        folder.publish()
 
 
 def _small_files(folder, above: str = "") -> Iterator[str]:
@@ -225,13 +271,32 @@ def _told(out, what: str) -> Iterator[None]:
     except Exception as error:  # each store has its own
         if isinstance(out, Path) or isinstance(error, QwenVLError):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, FileNotFoundError):
-            reason = f"is there a bucket {out.parts[2]}? not found: {reason}"
         raise ConfigError(
-            f"output folder {out} {what} ({reason}); check its address, your credentials and, for gs://, that gcsfs is "
-            "installed, then start the same command again: a run continues from its latest checkpoint."
+            f"output folder {out} {what} ({_reason(error, out)}); check its address, your credentials and, for gs://, "
+            "that gcsfs is installed, then start the same command again: a run continues from its latest checkpoint."
         ) from error
+
+
+@contextlib.contextmanager
+def _failing(out, what: str) -> Iterator[None]:
+    """The same for a store that was found in order before: no mistake of the user."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(out, Path):
+            raise
+        raise StoreError(
+            f"output folder {out} {what} any more ({_reason(error, out)}); start the same command again: a run "
+            "continues from its latest checkpoint."
+        ) from error
+
+
+def _reason(error: BaseException, out) -> str:
+    """What a store says, in one line."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, FileNotFoundError):
+        return f"is there a bucket {out.parts[2]}? not found: {reason}"
+    return reason
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ From here on weights are a flat dictionary, dotted name to array, and everything
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flax import nnx
 
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax.models import pretrained
 from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.parallel.placement import Execution
 from qwenvl_jax.parallel.rules import DEFAULT_RULES, Rules, param_shardings
@@ -83,6 +85,40 @@ class TrainState:
     guard: GuardState
 
 
+class Weights(Protocol):
+    """The first weights of a run, each given once, so that no more of them need be held than the run keeps."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the weights, by name."""
+        ...
+
+    def read(self, name: str) -> jax.Array:
+        """A whole weight."""
+        ...
+
+    def read_layer(self, name: str, layer: int) -> jax.Array:
+        """One layer of a stacked weight; they are asked for in order."""
+        ...
+
+
+class HeldWeights:
+    """Weights that are there already; each is let go once it was given."""
+
+    def __init__(self, params: Mapping[str, jax.Array]):
+        self._params = dict(params)
+        self.shapes = {name: value.shape for name, value in params.items()}
+
+    def read(self, name: str) -> jax.Array:
+        """A whole weight."""
+        return self._params.pop(name)
+
+    def read_layer(self, name: str, layer: int) -> jax.Array:
+        """One layer of a stacked weight, which goes with its last."""
+        last = layer + 1 == self.shapes[name][0]
+        return pretrained.layer_of(self._params.pop(name) if last else self._params[name], layer)
+
+
 class ModelParts:
     """A model as its structure and its weights by name; the only place where it is taken apart and put together.
 
@@ -121,13 +157,18 @@ class ModelParts:
 
     def random(self, seed: int) -> Params:
         """Weights drawn from `seed`, made where they live."""
+        return self.begun(self.drawn(seed))
+
+    def drawn(self, seed: int) -> Weights:
+        """Random first weights of the model, for `begun`."""
 
         def make(key):
             return dict(zip(self.names, jax.tree.leaves(nnx.state(self._make(key))), strict=True))
 
         # Compiled once and run once: optimizing this program takes far longer than running it.
         unoptimized = {"xla_backend_optimization_level": 0}
-        return jax.jit(make, out_shardings=self.shardings, compiler_options=unoptimized)(jax.random.key(seed))
+        make = jax.jit(make, out_shardings=self.shardings, compiler_options=unoptimized)
+        return HeldWeights(make(jax.random.key(seed)))
 
     def split(self, model: QwenVL) -> Params:
         """The weights of a model of this shape, by name, put where they live.
@@ -135,20 +176,43 @@ class ModelParts:
         Raises:
           CheckpointError: a model of another shape.
         """
-        leaves = jax.tree.leaves(nnx.state(model))
-        for name, leaf in zip(self.names, leaves, strict=False):
-            if leaf.shape != self.weights[name].shape:
+        variables = nnx.to_flat_state(nnx.state(model))
+        return self.begun(HeldWeights({".".join(map(str, path)): variable.get_value() for path, variable in variables}))
+
+    def begun(self, weights: Weights) -> Params:
+        """The weights that a run begins with, put where they live; `weights` are those of the model, used up.
+
+        Raises:
+          CheckpointError: weights of another shape.
+        """
+        self.check_shapes(weights.shapes)
+        return {name: self.placed(name, weights.read(name)) for name in self.names}
+
+    def check_start(self) -> None:
+        """Refuses, before any data is read, what a new run could not begin with.
+
+        Raises:
+          CheckpointError: an adapter to begin with that cannot be read or is of other modules.
+        """
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuses first weights that are not this model's.
+
+        Raises:
+          CheckpointError: names one whose shape differs.
+        """
+        for name in self.names:
+            if name in shapes and shapes[name] != self.weights[name].shape:
                 raise CheckpointError(
-                    f"{name} of the initial weights has shape {leaf.shape}, but the run's model has "
+                    f"{name} of the initial weights has shape {shapes[name]}, but the run's model has "
                     f"{self.weights[name].shape}; give weights of a model of the same shape."
                 )
-        if len(leaves) != len(self.names):
+        if set(shapes) != set(self.names):
             raise CheckpointError("the initial weights are those of another model; give weights of the same shape.")
-        params = dict(zip(self.names, leaves, strict=True))
-        return {
-            name: jax.device_put(leaf.astype(self.weights[name].dtype), self.shardings[name])
-            for name, leaf in params.items()
-        }
+
+    def placed(self, name: str, value: jax.Array) -> jax.Array:
+        """A weight in its dtype, where it lives."""
+        return jax.device_put(value.astype(self.weights[name].dtype), self.shardings[name])
 
     def merge(self, params: Mapping[str, jax.Array]) -> QwenVL:
         """The model with these weights, all of them."""
@@ -156,9 +220,28 @@ class ModelParts:
         model.execution = Execution(self.mesh, self.rules)
         return model
 
-    def merged(self, params: Mapping[str, jax.Array]) -> QwenVL:
-        """The model as it is exported."""
-        return self.merge(params)
+    def save(self, params: Mapping[str, jax.Array], out_dir: Path) -> None:
+        """Writes the model in the public layout; all processes call it. See `qwenvl_jax.models.pretrained.save`.
+
+        Raises:
+          CheckpointError: see there.
+        """
+        exported = self.exported_weights()
+        pretrained.write(
+            self.config,
+            out_dir,
+            {name: info.dtype for name, info in exported.items()},
+            lambda name, layer: self.exported(params, name, layer),
+            spread=not all(value.is_fully_addressable for value in params.values()),
+        )
+
+    def exported(self, params: Mapping[str, jax.Array], name: str, layer: int | None) -> jax.Array:
+        """A weight of the exported model, or one layer of it."""
+        return params[name] if layer is None else pretrained.layer_of(params[name], layer)
+
+    def exported_weights(self) -> Mapping[str, WeightInfo]:
+        """Those of the model that is exported."""
+        return self.weights
 
     def save_adapter(self, params: Mapping[str, jax.Array], folder: Any, base: str | None) -> None:
         """Writes what was learnt apart from the model into a run's folder: nothing."""
@@ -171,8 +254,8 @@ class ModelParts:
         """What a checkpoint says of the others, in JSON values, so that they are known when they are made again."""
         return {}
 
-    def made_again(self, initial: Callable[[], Params], origin: Mapping[str, Any]) -> Params:
-        """The weights that a checkpoint does not hold; `initial` makes all those that the run began with."""
+    def made_again(self, initial: Callable[[], Weights], origin: Mapping[str, Any]) -> Params:
+        """The weights that a checkpoint does not hold; `initial` gives those that the run began with."""
         return {}
 
     def select(self, trainable: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ before it was asked for.
 """
 
 import contextlib
+import html
 import importlib.util
 import json
 import os
@@ -68,18 +69,19 @@ class Trackers:
       out: the run's folder; `metrics.jsonl` and the others are cut back to `done` already.
       done: steps that are done.
       settings: of the run, by dotted name, for those that show them.
+      name: of the run, likewise; the folder's by default.
     """
 
-    def __init__(self, names: Sequence[str], out: Path, done: int, settings: Mapping[str, str]):
+    def __init__(self, names: Sequence[str], out: Path, done: int, settings: Mapping[str, str], name: str = ""):
         check_trackers(names)
-        makers: dict[str, Callable[[Path, int, Mapping[str, str]], Sink]] = {
+        makers: dict[str, Callable[[Path, int, Mapping[str, str], str], Sink]] = {
             "tensorboard": _TensorBoard,
             "wandb": _WeightsAndBiases,
         }
         self._sinks: list[Sink] = []
         with contextlib.ExitStack() as opened:
-            for name in dict.fromkeys(names):
-                self._sinks.append(makers[name](out, done, settings))
+            for tracker in dict.fromkeys(names):
+                self._sinks.append(makers[tracker](out, done, settings, name or out.name))
                 opened.callback(self._sinks[-1].close)
             for sink in self._sinks:
                 for kind, step, line in _lines(out, sink.last):
@@ -142,7 +144,7 @@ def _lines(out: Path, last: Mapping[str, int]) -> Iterator[tuple[str, int, dict[
 class _TensorBoard:
     """Event files in `OUT/tensorboard`: an event for the figures of a step, one for each text."""
 
-    def __init__(self, out: Path, done: int, settings: Mapping[str, str]):
+    def __init__(self, out: Path, done: int, settings: Mapping[str, str], name: str):
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
@@ -217,7 +219,7 @@ class _WeightsAndBiases:
     metrics it would repeat.
     """
 
-    def __init__(self, out: Path, done: int, settings: Mapping[str, str]):
+    def __init__(self, out: Path, done: int, settings: Mapping[str, str], name: str):
         import wandb
 
         self._state = out / "wandb" / "run.json"
@@ -232,7 +234,7 @@ class _WeightsAndBiases:
                 id=self._id,
                 resume="allow",
                 dir=str(out),
-                name=os.environ.get("WANDB_NAME", out.name),
+                name=os.environ.get("WANDB_NAME", name),
                 project=os.environ.get("WANDB_PROJECT", "qwenvl_jax"),
                 config=dict(settings),
             )
@@ -245,8 +247,8 @@ class _WeightsAndBiases:
     def write(self, kind: str, step: int, numbers: Mapping[str, float], texts: Mapping[str, str]) -> None:
         import wandb
 
-        html = {name: wandb.Html(f"<pre>{text}</pre>") for name, text in texts.items()}
-        self._run.log({**numbers, **html}, step=step)
+        pages = {name: wandb.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()}
+        self._run.log({**numbers, **pages}, step=step)
         self.last[kind] = step
         unfinished = self._state.with_suffix(".unfinished")
         unfinished.write_text(json.dumps({"id": self._id, "last": self.last}))

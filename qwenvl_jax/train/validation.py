@@ -9,6 +9,7 @@ numbers; a run with validation has the losses and weights of one without. `valid
 often the run was stopped.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -24,17 +25,17 @@ from qwenvl_jax.data.facts import processor_key
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.mixture import MixturePart, MixtureReader
 from qwenvl_jax.data.packing import Plan, SampleFacts, misfit
-from qwenvl_jax.data.pipeline import BatchLoader, SampleCache
+from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.data.sources import Record
-from qwenvl_jax.errors import ConfigError, DataError, MediaError
-from qwenvl_jax.generate import generate
+from qwenvl_jax.errors import ConfigError, DataError, MediaError, QwenVLError, SourceError
+from qwenvl_jax.generate import answers, prompt_batch
 from qwenvl_jax.parallel.placement import shard_batch
 from qwenvl_jax.train.config import StageConfig, TrainConfig
 from qwenvl_jax.train.curriculum import Stage
 from qwenvl_jax.train.metrics import StepFile, finite, read_metrics
 from qwenvl_jax.train.state import ModelParts, Params
-from qwenvl_jax.train.step import make_loss, normalised_weights
+from qwenvl_jax.train.step import make_execution, make_loss, microbatches, normalised_weights
 
 # Decoded media that are kept from one time to the next.
 _CACHE_BYTES = 1 << 28
@@ -82,6 +83,7 @@ def prepare_validation(
             [data.in_root(part)],
             misfit=misfits,
             max_failed=data.max_failed,
+            hms_share=data.hms_share,
             frame_rates=[rate for rate, _ in data.frame_rates],
             budget=data.video_budget,
             max_image_tokens=data.max_image_tokens,
@@ -185,25 +187,28 @@ class Validation:
     def _loss(self, stage: Stage, one: HeldOut, params: Params, stop: Callable[[], bool]) -> float | None:
         """The weighted mean over the learnt tokens of all batches."""
         sums: list[tuple[jax.Array, jax.Array]] = []
-        for number in range(one.batches):
-            _go_on_unless(stop)
-            planned = one.loader(number)
-            for failure in planned.failed:
-                self._tell(f"{stage.config.name}: validation of {one.name}: left out: {failure.reason}")
-            batch = shard_batch(planned.batch, self._parts.mesh, self._parts.rules)
-            if self._compiled is None or self._compiled[0] != stage.index:
-                evaluate = jax.jit(make_evaluation(self._parts, stage.config))
-                self._compiled = stage.index, evaluate.lower(params, batch).compile()
-            # A batch is computed while the next is made, and no more wait in line: a stop would wait for them.
-            jax.block_until_ready(sums[-1:])
-            sums.append(self._compiled[1](params, batch))
+        data = stage.config.data
+        made = batches(one.loader, one.batches, threads=data.threads, prefetch=data.prefetch)
+        with contextlib.closing(made):  # type: ignore[type-var]  # Grain's iterators have it
+            for _ in range(one.batches):
+                _go_on_unless(stop)
+                planned = next(made)
+                for failure in planned.failed:
+                    self._tell(f"{stage.config.name}: validation of {one.name}: left out: {failure.reason}")
+                batch = shard_batch(planned.batch, self._parts.mesh, self._parts.rules)
+                if self._compiled is None or self._compiled[0] != stage.index:
+                    evaluate = jax.jit(make_evaluation(self._parts, stage.config))
+                    self._compiled = stage.index, evaluate.lower(params, batch).compile()
+                # A batch is computed while the next are made, and no more wait in line: a stop would wait for them.
+                jax.block_until_ready(sums[-1:])
+                sums.append(self._compiled[1](params, batch))
         loss, weight = (sum(float(value) for value in values) for values in zip(*sums, strict=True))
         return finite(loss / weight) if weight else None
 
     def _answers(
         self, one: HeldOut, stage: StageConfig, done: int, params: Params, stop: Callable[[], bool]
     ) -> list[dict[str, str]]:
-        """Answers of the model; where one of those asked together cannot be fetched, none of them is asked."""
+        """Answers of the model; where one of those asked together cannot be read, none of them is asked."""
         # Those that are asked alike go together, the same ones each time, so that nothing is compiled anew.
         alike: dict[str, list[Record]] = {}
         for record in one.asked:
@@ -212,26 +217,29 @@ class Validation:
         found: list[dict[str, str]] = []
         for number, records in enumerate(alike.values()):
             pairs = [pair for record in records if (pair := question_and_truth(record)) is not None]
-            missing = []
+            model, batch = self._parts.merge(params), None
+            model.execution = dataclasses.replace(model.execution, attention=stage.attention)
+            missing = ""
             for record in records:
                 _go_on_unless(stop)
                 try:
                     if record.fetch is not None:
                         record.fetch()
                 except MediaError as error:
-                    missing.append(f"{stage.name}: validation of {one.name}: {record.id} is not asked: {error}")
-                    self._tell(missing[-1])
-            # What one process cannot fetch none asks: all have to run the same programs.
-            if any(self._gather(f"asked/{done}/{one.name}/{number}", "missing" if missing else "")):
+                    missing = f"{record.id} is not asked: {error}"
+                    self._tell(f"{stage.name}: validation of {one.name}: {missing}")
+            if not missing:
+                try:
+                    batch = prompt_batch(model, one.processor, [asked for asked, _ in pairs], **records[0].options)
+                except SourceError:  # no fault of the records
+                    raise
+                except (QwenVLError, OSError) as error:  # a file that has gone, too
+                    missing = f"{', '.join(record.id for record in records)}: not asked: {error}"
+                    self._tell(f"{stage.name}: validation of {one.name}: {missing}")
+            # What one process cannot read none asks: all have to run the same programs.
+            if any(self._gather(f"asked/{done}/{one.name}/{number}", "missing" if missing else "")) or batch is None:
                 continue
-            answers = generate(
-                self._parts.merge(params),
-                one.processor,
-                [messages for messages, _ in pairs],
-                stage.validation.max_new_tokens,
-                interrupted=stop,
-                **records[0].options,
-            )
+            said = answers(model, one.processor, batch, stage.validation.max_new_tokens, interrupted=stop)
             _go_on_unless(stop)
             found += [
                 {
@@ -241,7 +249,7 @@ class Validation:
                     "answer": answer.text,
                     "truth": truth,
                 }
-                for record, (messages, truth), answer in zip(records, pairs, answers, strict=True)
+                for record, (messages, truth), answer in zip(records, pairs, said, strict=True)
             ]
         return found
 
@@ -260,12 +268,26 @@ def _go_on_unless(stop: Callable[[], bool]) -> None:
 
 
 def make_evaluation(parts: ModelParts, stage: StageConfig) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """Returns `evaluate(params, batch) -> (f32[], f32[])`: the summed loss of a batch and its summed weights."""
-    loss = make_loss(parts, stage)
+    """Returns `evaluate(params, batch) -> (f32[], f32[])`: the summed loss of a batch and its summed weights.
 
-    def evaluate(params: Params, batch: Batch):
+    It takes a batch in as many microbatches as the stage's step, so that it fits where that does.
+    """
+    loss, execution = make_loss(parts, stage), make_execution(parts, stage)
+
+    def one(params: Params, batch: Batch):
         weight = jnp.sum(normalised_weights(batch, stage.loss))
         return loss(params, batch) * weight, weight
+
+    def evaluate(params: Params, batch: Batch):
+        if stage.microbatches == 1:
+            return one(params, batch)
+
+        def add(total, part):
+            # The barrier is the step's, see `qwenvl_jax.train.step.make_gradients`.
+            return jax.tree.map(jnp.add, total, jax.lax.optimization_barrier(one(params, part))), None
+
+        begun = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+        return jax.lax.scan(add, begun, microbatches(batch, stage.microbatches, execution))[0]
 
     return evaluate
 

@@ -99,6 +99,24 @@ def test_what_peft_made_is_loaded(pair, tmp_path):
     np.testing.assert_allclose(our_logits(loaded, pair), expected, rtol=0, atol=TOLERANCE)
 
 
+def test_an_embedding_saved_whole(pair, tmp_path):
+    """Of a tied model it is the head too, there as here; PEFT saves what we saved."""
+    config = pair.model.config
+    table, rng = np.asarray(pair.model.text.embed.table.get_value()), np.random.default_rng(0)
+    changed = table + 0.1 * rng.standard_normal(table.shape).astype(np.float32)
+    kernel = pair.model.text.layers.attn.q.kernel.get_value()
+    halves = np.zeros((len(kernel), config.text.hidden_size, 2)), np.zeros((len(kernel), 2, kernel[0, 0].size))
+    pairs = {"text.layers.attn.q": tuple(half.astype(np.float32) for half in halves)}
+    ours.write(ours.Adapter(2, 4.0, pairs, {"text.embed.table": changed}, str(pair.folder)), tmp_path / "ours", config)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(pair.reference), tmp_path / "ours").eval()
+    expected = their_logits(theirs, pair)
+    assert np.abs(expected - their_logits(pair.reference, pair)).max() > 0.1
+    loaded = pretrained.load(pair.folder, dtype="float32", adapter=tmp_path / "ours")
+    np.testing.assert_allclose(our_logits(loaded, pair), expected, rtol=0, atol=TOLERANCE)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
+
+
 @pytest.mark.slow
 def test_gradients(pair, trained, tmp_path):
     """Of the mean loss, for every tensor of the adapter: to 1e-4 of the largest of each."""

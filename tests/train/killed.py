@@ -55,7 +55,7 @@ def main(moment: str, *arguments: str) -> int:
     elif kind == "token":
         after(sys.modules["qwenvl_jax.generate"], "read_token")
     else:
-        after(pretrained, "save")
+        after(pretrained, "write")
     return cli.main(["train", *arguments])
 
 

@@ -1,6 +1,7 @@
 """Adapters: the mathematics against kernels written out, what is stored, meshes, runs that end and go on."""
 
 import dataclasses
+import gc
 import json
 import re
 import shutil
@@ -18,12 +19,15 @@ import qwenvl_jax as qv
 from qwenvl_jax.checkpoint import peft
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import CheckpointError, ConfigError
+from qwenvl_jax.models import pretrained
+from qwenvl_jax.ops import low_rank
 from qwenvl_jax.parallel.mesh import make_mesh
 from qwenvl_jax.parallel.placement import shard_batch
 from qwenvl_jax.train.adapters import AdaptedParts
 from qwenvl_jax.train.config import AdapterConfig, StageConfig
 from qwenvl_jax.train.metrics import read_metrics
 from qwenvl_jax.train.optimizer import make_optimizer
+from qwenvl_jax.train.state import HeldWeights
 from qwenvl_jax.train.step import make_loss
 from tests.parallel.meshed import UNOPTIMIZED, even_config, everything
 from tests.train.tiny_run import command_line, killed, tiny_model, write_tiny_run
@@ -59,6 +63,14 @@ def first(parts: AdaptedParts) -> tuple[dict, dict]:
         if name.endswith("lora_b"):
             params[name] = 0.1 * rng.standard_normal(params[name].shape).astype(np.float32)
     return base, params
+
+
+def written(parts: AdaptedParts, params: dict, name: str) -> np.ndarray:
+    """A weight of the exported model, its layers one after another."""
+    info = parts.base.weights[name]
+    if info.axes[0] != "layers":
+        return np.asarray(parts.exported(params, name, None))
+    return np.stack([np.asarray(parts.exported(params, name, layer)) for layer in range(info.shape[0])])
 
 
 def nf4(kernel: np.ndarray, inputs: int, tile: int, stacked: bool) -> np.ndarray:
@@ -127,7 +139,7 @@ def test_loss_and_gradients_are_those_of_kernels_written_out(generation, quantiz
         assert largest > 0, name
         np.testing.assert_allclose(got[1][name], value, rtol=0, atol=2e-5 * largest, err_msg=name)
     # What is exported is the model with the kernels written out.
-    exported = parts.base.split(parts.merged(placed))
+    exported = {name: written(parts, placed, name) for name in base}
     for module in parts.modules:
         a, b = params[f"{module}.kernel_lora_a"], params[f"{module}.kernel_lora_b"]
         kernel = base[f"{module}.kernel"]
@@ -226,6 +238,109 @@ def test_what_cannot_be_adapted(settings, told):
 def test_settings_that_mean_nothing(settings, told):
     with pytest.raises(ConfigError, match=told):
         AdapterConfig(**settings)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """(shape of a model most of which is the kernels of sixteen layers, its folder)."""
+    config = even_config("qwen3_vl")
+    text = dataclasses.replace(config.text, num_hidden_layers=16, intermediate_size=128, vocab_size=64)
+    config = dataclasses.replace(config, text=text)
+    folder = tmp_path_factory.mktemp("deep")
+    qv.QwenVL(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
+    return config, folder
+
+
+def live_bytes() -> int:
+    """Of all arrays on all devices."""
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+class Watched(pretrained.Reader):
+    """Notes how much is held whenever a weight, or a layer of one, was read."""
+
+    peak = 0
+
+    def read(self, name):
+        return self._noted(super().read(name))
+
+    def read_layer(self, name, layer):
+        return self._noted(super().read_layer(name, layer))
+
+    def _noted(self, value):
+        self.peak = max(self.peak, live_bytes())
+        return value
+
+
+def largest_layer(parts: AdaptedParts) -> int:
+    """Bytes of one layer of the largest kernel that has an adapter, in float32."""
+    return max(4 * int(np.prod(parts.base.weights[f"{module}.kernel"].shape[1:])) for module in parts.modules)
+
+
+QLORA = AdapterConfig(rank=2, alpha=3.0, targets=r"text\.layers\.mlp\.(up|down)$", quantize="nf4", tile_size=16)
+
+
+def test_quantizing_holds_one_layer_beside_what_stays(deep):
+    """When a run begins and when it goes on: never the whole base, nor a whole kernel. The codes are the same."""
+    config, folder = deep
+    parts = adapted(config, QLORA)
+    layer = largest_layer(parts)
+    base = sum(4 * int(np.prod(info.shape)) for info in parts.base.weights.values())
+
+    def peak(make):
+        before = live_bytes()
+        reader = Watched(folder, dtype="float32", mesh=parts.mesh)
+        made = jax.block_until_ready(make(reader))
+        final = sum(value.nbytes for value in made.values())
+        assert final + layer < 0.8 * base
+        assert final <= reader.peak - before <= final + layer
+        return made
+
+    begun = peak(parts.begun)
+    origin = parts.origin({name: value for name, value in begun.items() if name not in parts.select("all")})
+    again = peak(lambda reader: adapted(config, QLORA).made_again(lambda: reader, origin))
+    assert again.keys() == set(begun) - set(parts.select("all"))
+    spread = adapted(config, QLORA, fsdp=2, tensor=2)
+    reader = pretrained.Reader(folder, dtype="float32", mesh=spread.mesh)
+    elsewhere = spread.begun(reader)
+    for name, value in again.items():
+        assert np.array_equal(value, begun[name]) and np.array_equal(elsewhere[name], begun[name]), name
+        assert elsewhere[name].sharding == spread.shardings[name]
+
+
+def test_exporting_holds_one_layer_beside_what_is_there(deep, tmp_path, monkeypatch):
+    """The merged kernels are made one layer at a time; the folder is that of the model that is merged whole."""
+    config, folder = deep
+    parts = adapted(config, QLORA)
+    params = parts.begun(pretrained.Reader(folder, dtype="float32", mesh=parts.mesh))
+    rng = np.random.default_rng(0)
+    for name in [name for name in params if name.endswith("lora_b")]:
+        params[name] = jnp.asarray(rng.standard_normal(params[name].shape).astype(np.float32))
+    whole = {name: params[name] for name in parts.base.names if name in params}
+    for module in parts.modules:
+        info = parts.base.weights[f"{module}.kernel"]
+        codes, scales = params[f"{module}.kernel.array.qvalue"], params[f"{module}.kernel.array.scale"]
+        numbers = NF4[np.stack([codes & 15, codes >> 4], -1).reshape(info.shape)]
+        kernel = numbers * np.repeat(scales, 16, axis=info.inputs)
+        halves = params[f"{module}.kernel_lora_a"], params[f"{module}.kernel_lora_b"]
+        whole[f"{module}.kernel"] = low_rank.merged(jnp.asarray(kernel), *halves, parts.scale)
+    parts.base.merge(whole).save_pretrained(tmp_path / "whole")
+    del whole, halves, codes, scales
+    gc.collect()
+
+    before, peaks, fetched = live_bytes(), [], pretrained._fetched
+
+    def noted(value):
+        peaks.append(live_bytes())
+        return fetched(value)
+
+    monkeypatch.setattr(pretrained, "_fetched", noted)
+    parts.save(params, tmp_path / "out")
+    # One layer, or what one is made of and the merged kernel; no whole stack of merged kernels.
+    layers = {name: info.shape[1:] for name, info in parts.base.weights.items() if info.axes[0] == "layers"}
+    most = 4 * max(int(np.prod(shape)) for shape in layers.values())
+    assert before < max(peaks) <= before + 2 * most < before + 16 * largest_layer(parts)
+    assert_same_files(tmp_path / "out", tmp_path / "whole")
 
 
 def test_what_learns():
@@ -336,6 +451,31 @@ def test_tensors_of_adapters_that_are_not_read(stored, tmp_path, drop, add, told
         peft.read(tmp_path, config)
 
 
+def test_a_tied_model_has_one_embedding(tmp_path):
+    """Saved as the head too, and asked of PEFT; an adapter that leaves the model another head is not read."""
+    config = even_config("qwen3_vl")
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, tie_word_embeddings=True))
+    table = np.random.default_rng(0).random((config.text.vocab_size, config.text.hidden_size)).astype(np.float32)
+    peft.write(peft.Adapter(4, 8.0, {}, {"text.embed.table": table}), tmp_path, config)
+    settings, tensors = json.loads((tmp_path / peft.CONFIG).read_text()), load_file(tmp_path / peft.WEIGHTS)
+    head, embedding = (f"base_model.model.{name}.weight" for name in ("lm_head", "model.language_model.embed_tokens"))
+    assert settings["ensure_weight_tying"] is True and tensors.keys() == {head, embedding}
+    read = peft.read(tmp_path, config)
+    assert read.saved.keys() == {"text.embed.table"} and np.array_equal(read.saved["text.embed.table"], table)
+
+    save_file(tensors | {head: table[::-1].copy()}, tmp_path / peft.WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from .*, but the model is tied"):
+        peft.read(tmp_path, config)
+    save_file({embedding: table}, tmp_path / peft.WEIGHTS)
+    assert np.array_equal(peft.read(tmp_path, config).saved["text.embed.table"], table)
+    (tmp_path / peft.CONFIG).write_text(json.dumps(settings | {"ensure_weight_tying": False}))
+    with pytest.raises(CheckpointError, match="saved whole without ensure_weight_tying"):
+        peft.read(tmp_path, config)
+    # Where the head is a weight of its own, the embedding is one too.
+    untied = dataclasses.replace(config, text=dataclasses.replace(config.text, tie_word_embeddings=False))
+    assert peft.read(tmp_path, untied).saved.keys() == {"text.embed.table"}
+
+
 def test_layers_without_an_adapter_get_none(stored, tmp_path):
     """Both halves of a layer absent: zeros, which add nothing."""
     folder, config, adapter = stored
@@ -363,7 +503,17 @@ def test_begins_with_an_adapter(stored):
         ({"modules_to_save": ""}, r"it has text\.norm\.scale, the run has not; set adapter\.modules_to_save"),
     ):
         with pytest.raises(CheckpointError, match=told):
-            adapted(config, dataclasses.replace(made, **change))
+            adapted(config, dataclasses.replace(made, **change)).check_start()
+
+
+def test_a_run_that_goes_on_needs_no_adapter_to_begin_with(stored):
+    """What it learnt is in its checkpoint; the folder may have gone."""
+    _, config, _ = stored
+    parts = adapted(config, AdapterConfig(rank=4, targets=r"layers\.mlp\.up$", start="/gone"))
+    base = parts.base.random(0)
+    assert parts.made_again(lambda: HeldWeights(base), parts.origin(base)).keys() == base.keys()
+    with pytest.raises(CheckpointError, match="/gone"):
+        parts.check_start()
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +556,13 @@ def test_a_run_that_is_killed_and_continued(run, storage, tmp_path):
     ]
     for name in ("adapter", "model"):
         assert_same_files(out / name, whole / name)
+
+    # The last checkpoint gives the same, its base read and quantized again.
+    done = command_line("export", whole, tmp_path / "exported", "--step", "8")
+    assert done.returncode == 0, done.stderr
+    assert_same_files(tmp_path / "exported" / "adapter", whole / "adapter")
+    shutil.rmtree(tmp_path / "exported" / "adapter")
+    assert_same_files(tmp_path / "exported", whole / "model")
 
     written = json.loads((whole / "adapter" / peft.CONFIG).read_text())
     assert (written["r"], written["base_model_name_or_path"]) == (4, str(base))

@@ -1,7 +1,9 @@
 """A run whose folder is in a bucket: against fake-gcs-server, which imitates Google Cloud Storage on this machine."""
 
+import dataclasses
 import importlib.resources
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,12 +13,13 @@ import pytest
 import requests
 from google.cloud import storage
 
-from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.train import run_folder
+from qwenvl_jax.errors import ConfigError, StoreError
+from qwenvl_jax.train import processes, run_folder
+from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.processes import Processes
-from tests.train.several import finish, free_port, said, start
+from tests.train.several import finish, free_port, said, start, write_several_run
 from tests.train.test_profile import traced
-from tests.train.tiny_run import command_line, killed, write_tiny_run
+from tests.train.tiny_run import command_line, killed, tiny_config, write_tiny_run
 
 pytestmark = pytest.mark.xdist_group("bucket")
 
@@ -153,6 +156,107 @@ def test_what_a_store_refuses_is_told_in_one_line(bucket):
     ):
         bucket.client.bucket("vanishing").delete(force=True)
         folder.begin({"seed": "0"})
+
+
+def busy(*_):
+    raise RuntimeError("503, try later\nand more")
+
+
+def test_a_store_that_fails_for_a_while(bucket, monkeypatch):
+    """What it does not take with a checkpoint it gets with the next; at the end it is no mistake of the user."""
+    told: list[str] = []
+    with run_folder.opened("gs://runs/busy", Processes()) as folder:
+        assert folder.name == "busy"
+        folder.begin({"seed": "0"})
+        (folder.local / "train.log").write_text("begun\n")
+        with monkeypatch.context() as failing:
+            failing.setattr(run_folder, "_copy", busy)
+            folder.publish(told.append)
+            with pytest.raises(StoreError, match=r"busy cannot be written any more \(503, try later\); start the same"):
+                folder.publish()
+            with pytest.raises(StoreError, match="try later"), folder.new_model() as making:
+                (making / "config.json").write_text("")
+        assert told == ["gs://runs/busy does not take files (503, try later); it gets them with the next checkpoint"]
+        assert set(stored(bucket, "busy")) == {"config.json"}
+        folder.publish(told.append)
+        assert len(told) == 1 and stored(bucket, "busy")["train.log"] == b"begun\n"
+
+    # As it closes, beside nothing, and beside what ended the run.
+    for error, ending in ((StoreError, None), (ZeroDivisionError, ZeroDivisionError)):
+        with (
+            monkeypatch.context() as failing,
+            pytest.raises(error),
+            run_folder.opened("gs://runs/busy", Processes()) as folder,
+        ):
+            folder.begin({"seed": "0"})
+            (folder.local / "train.log").write_text("begun again\n")
+            failing.setattr(run_folder, "_copy", busy)
+            if ending:
+                raise ending
+        assert not folder.local.exists()
+
+
+def test_a_process_that_exits_at_once_leaves_its_files(bucket, monkeypatch, capsys):
+    """As one of several does, for an error of its own or of another: nothing is closed any more."""
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.setattr(processes, "_READING_SECONDS", 0.0)
+    monkeypatch.setattr(run_folder, "_LEAVING_SECONDS", 5.0)
+    one = Processes()
+    with run_folder.opened("gs://runs/left", one) as folder:
+        folder.begin({"seed": "0"})
+        (folder.local / "train.log").write_text("step 3: left out\n")
+        one._exit(2, "process 0: look at train.log")
+        assert stored(bucket, "left")["train.log"] == b"step 3: left out\n"
+        assert not folder.local.exists()
+
+    with run_folder.opened("gs://runs/left", one) as folder:
+        folder.begin({"seed": "0"})
+        (folder.local / "train.log").write_text("step 4\n")
+        # One that hangs holds nobody for long.
+        monkeypatch.setattr(run_folder, "_LEAVING_SECONDS", 0.1)
+        monkeypatch.setattr(run_folder, "_copy", lambda *_: time.sleep(30))
+        began = time.monotonic()
+        one._exit(1, "process 1 is gone")
+        assert time.monotonic() < began + 20 and not folder.local.exists()
+    assert statuses == [2, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("promotion_as_usual")
+def test_a_run_outlives_a_store_that_fails_for_a_while(bucket, config, monkeypatch):
+    """At its first checkpoint."""
+    copy, failed = run_folder._copy, []
+
+    def failing(source, target):
+        if target.name == "metrics.jsonl" and not failed:
+            failed.append(target)
+            busy()
+        copy(source, target)
+
+    monkeypatch.setattr(run_folder, "_copy", failing)
+    tiny = tiny_config(config.parent)
+    short = [dataclasses.replace(stage, steps=2) for stage in tiny.stages[:1]]
+    result = train(dataclasses.replace(tiny, stages=tuple(short), checkpoint_every=1), "gs://runs/outlives")
+    assert (result.step, failed) == (2, [result.out / "metrics.jsonl"])
+    found = stored(bucket, "outlives")
+    assert steps(found["metrics.jsonl"]) == [1, 2]
+    assert found["train.log"].count(b"outlives does not take files (503, try later)") == 1
+    assert b"<title>outlives</title>" in found["report.html"]
+
+
+@pytest.mark.slow
+def test_an_error_in_several_processes_leaves_the_log_in_the_bucket(bucket, config, clip, tmp_path):
+    """Which it tells to look at; and nothing on the disks of the hosts."""
+    (tmp_path / "data").mkdir()
+    several = write_several_run(tmp_path / "data", clip)
+    before = left_here(config)
+    settings = ("--guard.max_loss", 0.001, "--guard.abort_after", 1)
+    statuses = finish(start(2, "train", several, "--out", "gs://runs/several", *settings, logs=tmp_path / "logs"))
+    assert statuses == [2, 2], said(tmp_path / "logs")
+    assert "look at the samples named in train.log" in said(tmp_path / "logs")
+    assert b"step 2: left out, weights stay as they were" in stored(bucket, "several")["train.log"]
+    assert left_here(config) == before
 
 
 @pytest.mark.slow

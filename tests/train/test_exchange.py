@@ -1,6 +1,7 @@
 """What processes tell each other before each step, and which of them is named as slow."""
 
 import dataclasses
+import math
 import time
 
 import numpy as np
@@ -33,6 +34,45 @@ def test_one_process_passes_batches_on():
     assert list(one.batches("s", 0, iter(parts(0, 3)))) == given
     one.say("hello")
     assert said == ["hello"]
+
+
+@pytest.mark.parametrize(
+    ("loading", "done_after", "wait"),
+    [(1.1, 1.0, 0.1), (0.9, 1.0, 0.0), (1.1, math.inf, 0.0), (1.1, -5.0, 1.1)],
+)
+def test_only_devices_with_nothing_to_do_wait(monkeypatch, loading, done_after, wait):
+    """A batch that takes 1.1 s to make, beside a step of a second, costs a tenth of a second."""
+    now = [100.0]
+    monkeypatch.setattr(exchange.time, "monotonic", lambda: now[0])
+
+    def made():
+        for planned in parts(0, 2):
+            now[0] += loading
+            yield planned
+
+    one = Exchange(Processes(0, 1), 0, print)
+    monkeypatch.setattr(one.pace, "add", lambda stage, step, records: seen.append(records[0]["wait"]))
+    seen, began = [], [now[0]]
+    for _ in one.batches("s", 0, made(), lambda: began[-1] + done_after):
+        assert one.waits == (pytest.approx(wait), 0.0)
+        began.append(now[0])
+    assert seen == [pytest.approx(wait)] * 2
+
+
+def test_waits_for_other_processes_are_told_apart(three):
+    """The third takes half a second for each batch; its devices wait for that, those of the others for it."""
+    pool, processes = three
+
+    def work(one):
+        exchange = Exchange(one, one.index, print)
+        seconds = 0.5 if one.index == 2 else 0.0
+        return [exchange.waits for _ in exchange.batches("s", 0, parts(one.index, 2, seconds))]
+
+    first, second, third = pool.map(work, processes)
+    for own, others in (*first, *second):
+        assert own < 0.2 and others > 0.3
+    for own, others in third:
+        assert own >= 0.5 and others < 0.2
 
 
 def test_all_processes_see_the_whole_batch(three):

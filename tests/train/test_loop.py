@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import re
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 import qwenvl_jax as qv
 from qwenvl_jax.convert.to_native import convert
 from qwenvl_jax.data.packing import BatchShape
+from qwenvl_jax.data.pipeline import BatchLoader
 from qwenvl_jax.errors import CheckpointError, ConfigError, DataError
 from qwenvl_jax.models import pretrained
+from qwenvl_jax.train import loop
 from qwenvl_jax.train.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.metrics import read_metrics
@@ -36,7 +41,7 @@ def one_stage(folder, **changes) -> TrainConfig:
 
 
 @pytest.mark.slow
-def test_a_run_compiles_its_step_once(folder, tmp_path, caplog):
+def test_a_run_compiles_its_step_once(folder, tmp_path, caplog, capsys):
     """Steps with and without pixels, through a checkpoint, all have the shapes that the first was compiled for."""
     config = one_stage(folder, steps=6)
     lines = []
@@ -45,6 +50,8 @@ def test_a_run_compiles_its_step_once(folder, tmp_path, caplog):
     compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
     assert sum("jit(step)" in message for message in compiled) == 1
     assert result.step == result.steps == 6
+    # What the first batch took was before the clock was started, after compiling.
+    assert all(int(share) <= 100 for share in re.findall(r"waits for data (\d+)%", capsys.readouterr().err))
     assert lines == read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
 
@@ -62,6 +69,41 @@ def test_a_run_compiles_its_step_once(folder, tmp_path, caplog):
     train(second, tmp_path / "second")
     assert "starting from the weights of" in (tmp_path / "second" / "train.log").read_text()
     assert read_metrics(tmp_path / "second" / "metrics.jsonl")[0]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.slow
+def test_a_wait_beside_a_step_costs_what_the_devices_wait(folder, tmp_path, monkeypatch):
+    """Batches that take 0.6 s to make, beside steps of half a second on the devices: a tenth is lost."""
+    make, make_step = BatchLoader.__call__, loop._Run._compile
+
+    def slowly(loader, number):
+        time.sleep(0.6)
+        return make(loader, number)
+
+    def long_step(run, *arguments):
+        compiled = make_step(run, *arguments)
+
+        def computed(loss):
+            time.sleep(0.5)
+            return np.float32(1)
+
+        late = jax.jit(lambda loss: jax.pure_callback(computed, jax.ShapeDtypeStruct((), jnp.float32), loss))
+
+        def step(*given):
+            state, output = compiled(*given)
+            return state, dataclasses.replace(output, loss=late(output.loss))
+
+        return step
+
+    monkeypatch.setattr(BatchLoader, "__call__", slowly)
+    monkeypatch.setattr(loop._Run, "_compile", long_step)
+    config = one_stage(folder, steps=6)
+    data = dataclasses.replace(config.stages[0].data, threads=0)
+    stage = dataclasses.replace(config.stages[0], data=data)
+    train(dataclasses.replace(config, stages=(stage,), checkpoint_every=100), tmp_path / "out")
+    lines = read_metrics(tmp_path / "out" / "timings.jsonl")[1:-1]
+    assert all(line["seconds"] > 0.55 for line in lines), lines
+    assert 0.03 < np.median([line["wait"] for line in lines]) < 0.4, lines
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.metrics import read_metrics
 from tests.data.host import loader_of
 from tests.data.mixed import mixed_config
+from tests.tiny import tiny_processor_folder
 
 pytestmark = pytest.mark.usefixtures("promotion_as_usual")
 
@@ -154,6 +155,7 @@ def test_a_run_over_a_mixture_goes_on_where_it_was_stopped(mixed_folder, tmp_pat
 
 CONFIG = """\
 from tests.data.mixed import mixed_config
+from tests.tiny import tiny_processor_folder
 
 
 def get_config():
@@ -181,6 +183,17 @@ def test_what_steps_will_hold(mixed_folder, config_file, tmp_path, capsys):
     assert main(["data", "steps", config_file, "--steps", "2", "--data.mixture.text.weight", "9"]) == 0
     told = capsys.readouterr().out
     assert "s1: 2 steps of 16 rows of 192 tokens" in told and "pictures" in told
+
+
+def test_steps_of_the_model_that_is_named(config_file, tmp_path, capsys):
+    """Its processor plans, as in training; here it makes less of a picture."""
+    tiny_processor_folder(tmp_path / "other", image_pixels=(1024, 2048))
+
+    def patches(*arguments):
+        assert main(["data", "steps", config_file, "--steps", "2", "--json", *map(str, arguments)]) == 0
+        return json.loads(capsys.readouterr().out)["stages"][0]["patches"]
+
+    assert patches("--model", tmp_path / "other") == patches("--processor", tmp_path / "other") < patches()
 
 
 def test_steps_that_cannot_be_planned(config_file, capsys):

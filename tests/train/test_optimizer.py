@@ -10,9 +10,10 @@ import pytest
 from optax.contrib import muon
 
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.train.config import OptimizerConfig
-from qwenvl_jax.train.optimizer import learning_rate, make_optimizer, muon_dimensions
+from qwenvl_jax.train.config import AdapterConfig, OptimizerConfig, StageConfig, TrainConfig
+from qwenvl_jax.train.optimizer import learning_rate, make_optimizer, muon_dimensions, optimizer_notes
 from qwenvl_jax.train.state import WeightInfo
+from qwenvl_jax.train.step import _moved
 
 pytestmark = pytest.mark.usefixtures("promotion_as_usual")
 
@@ -237,3 +238,38 @@ def test_warm_up_goes_before_a_decay_that_has_no_room():
     )
     np.testing.assert_allclose(wsd(3, warmup_steps=4), [0.2, 0.4, 0.6, 0.8], atol=1e-6)
     np.testing.assert_allclose(wsd(3, decay_fraction=0.0), [1, 1, 1, 1], atol=1e-6)
+
+
+RULE = OptimizerConfig(learning_rate=1e-5, warmup_steps=4)
+STAGE = StageConfig("s1", steps=5, optimizer=RULE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, []),
+        ({"param_dtype": "bfloat16"}, ["the weights learn in 16 bits", "most changes at a learning rate of 1e-05"]),
+        ({"param_dtype": "bfloat16", "adapter": AdapterConfig(rank=2)}, []),
+        (
+            {"param_dtype": "bfloat16", "adapter": AdapterConfig(rank=2, modules_to_save="merger")},
+            ["the modules of adapter.modules_to_save learn in 16 bits"],
+        ),
+        (
+            {"stages": (dataclasses.replace(STAGE, steps=4),)},
+            ["s1: its 4 steps end within optimizer.warmup_steps=4", "comes to 8e-06 and never to its peak of 1e-05"],
+        ),
+    ],
+)
+def test_weights_that_would_not_move_as_the_settings_read_are_told(changes, told):
+    config = TrainConfig(**{"model": "a/model", "stages": (STAGE,)} | changes)
+    notes = list(optimizer_notes(config))
+    assert len(notes) == bool(told)
+    assert all(words in notes[0] for words in told)
+
+
+def test_what_16_bits_round_away():
+    """A change of less than about 1/256 of a weight, as the note says."""
+    weight = jnp.asarray([0.02, 0.03], jnp.bfloat16)
+    moved = [_moved(weight, weight, jnp.float32(share)) for share in (1 / 600, 1 / 100)]
+    assert np.array_equal(moved[0], weight)
+    assert not np.any(moved[1] == weight)

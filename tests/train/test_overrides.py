@@ -1,11 +1,24 @@
 """Settings from the command line, and config files."""
 
+import dataclasses
+
 import pytest
 
-from qwenvl_jax.config import QwenVLConfig, TextConfig, VisionConfig
+from qwenvl_jax.config import MoeConfig, QwenVLConfig, TextConfig, VisionConfig
+from qwenvl_jax.data.mixture import MixturePart
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.train.config import RUNTIME_FIELDS, DataConfig, StageConfig, TrainConfig, fingerprint, flat
-from qwenvl_jax.train.config_file import load_config_file
+from qwenvl_jax.presets import PRESETS
+from qwenvl_jax.train.config import (
+    EXECUTION_FIELDS,
+    RUNTIME_FIELDS,
+    DataConfig,
+    StageConfig,
+    TrainConfig,
+    execution_settings,
+    fingerprint,
+    flat,
+)
+from qwenvl_jax.train.config_file import load_config_file, prepared_config
 from qwenvl_jax.train.overrides import apply_overrides
 
 MODEL = QwenVLConfig(
@@ -42,7 +55,7 @@ def changed(*arguments: str) -> dict:
         ("--stages.s0.data.cache_dir here", {"stages.0.data.cache_dir": "here"}),
         ("--init None", {}),
         ("--model.text.intermediate_size 32", {"model.text.intermediate_size": 32}),
-        ("--seed -1", {"seed": -1}),
+        ("--seed 4294967295", {"seed": 2**32 - 1}),
         ("--stages.s0.optimizer.rates vision 0.5 mergers 2", {"stages.0.optimizer.rates": RATES}),
     ],
 )
@@ -57,12 +70,17 @@ def test_overrides(arguments, difference):
         ("--optimizer.learning_rat 3", "did you mean --optimizer.learning_rate"),
         ("--stages.s0.stepps 3", r"did you mean --stages\.s0\.steps"),
         ("--stages.s7.steps 3", r"did you mean --stages\.s[01]\.steps"),
+        ("--validation.data a/x.jsonl b/x.jsonl", "b/x.jsonl: expected paths of data sets, no two of the same"),
+        ("--data.mixture x.jsonl", "in a mixture each part has its own"),
+        ("--validation.data", "--validation.data needs a value"),
         ("--seed many", "--seed many: expected a value of type int"),
         ("--seed 1 2", "--seed 1 2: expected a value of type int"),
         ("--seed", "--seed needs a value"),
         ("--stages.s0.loss mean", "--stages.s0.loss mean: expected"),
         ("--optimizer 3", "unknown setting --optimizer"),
         ("seed 3", "unexpected argument 'seed'"),
+        ("--seed -1", "seed=-1 must be from 0 to 4294967295"),
+        ("--seed 4294967296", "seed=4294967296 must be from 0 to 4294967295"),
         ("--checkpoint_every 0", "checkpoint_every=0 must be at least 1"),
         ("--keep_every 150", "keep_every=150 must be a multiple of checkpoint_every=100"),
         ("--steps 0", "steps=0 must be at least 1"),
@@ -87,8 +105,37 @@ def test_settings_that_go_together_may_come_in_any_order():
     assert apply_overrides(CONFIG, ["--seed", "1", "--seed", "2"]).seed == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("held.jsonl", (MixturePart("", "held.jsonl"),)),
+        ("a/held.jsonl b/words.jsonl", (MixturePart("held", "a/held.jsonl"), MixturePart("words", "b/words.jsonl"))),
+    ],
+)
+def test_paths_make_data_sets(arguments, parts):
+    """Of those that a stage is judged by, and of a mixture, where there were none."""
+    first, second = apply_overrides(CONFIG, ["--stages.s1.validation.data", *arguments.split()]).stages
+    assert (first.validation.data, second.validation.data) == ((), parts)
+    assert [s.validation.data for s in apply_overrides(CONFIG, ["--validation.data", *arguments.split()]).stages] == [
+        parts
+    ] * 2
+    emptied = ["--data.source", "", "--data.mixture", *arguments.split()]
+    assert [stage.data.mixture for stage in apply_overrides(CONFIG, emptied).stages] == [parts] * 2
+
+
+def test_a_validation_without_data_is_told():
+    data = ("--stages.s1.validation.data", "held.jsonl")
+    for arguments in (["--validation.every", "50"], [*data, "--stages.s0.validation.answers", "2"]):
+        name = arguments[-2]
+        with pytest.raises(ConfigError, match=rf"^{name} does nothing without data .* add --.*\.data held-out"):
+            apply_overrides(CONFIG, arguments)
+    # One that is heard in a stage may be given for all.
+    judged = apply_overrides(CONFIG, ["--validation.every", "50", *data]).stages[1].validation
+    assert (judged.every, [part.source for part in judged.data]) == (50, ["held.jsonl"])
+
+
 def test_every_setting_is_in_the_fingerprint_but_those_that_change_nothing():
-    skipped = RUNTIME_FIELDS | {"source", "root", "checkpoint_every", "mesh"}
+    skipped = RUNTIME_FIELDS | {"source", "root", "checkpoint_every", "mesh"} | set(EXECUTION_FIELDS)
     names = {name: set(name.split(".")) & skipped for name, _ in flat(CONFIG)}
     assert set(fingerprint(CONFIG)) == {name for name, of in names.items() if not of}
     assert set().union(*names.values()) == skipped
@@ -104,6 +151,25 @@ def test_configs_that_cannot_be():
         TrainConfig(model=MODEL, processor="x", stages=(StageConfig("a", 1), StageConfig("a", 1)))
     with pytest.raises(ConfigError, match="processor is not set"):
         TrainConfig(model=MODEL, stages=(StageConfig("a", 1),))
+
+
+def test_a_model_of_the_command_line_brings_its_processor(tmp_path, capsys):
+    """Unless another one is named; a preset has none. What the config needs is prepared for what comes out."""
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from tests.train.test_overrides import CONFIG\n\n\ndef get_config():\n    return CONFIG\n\n\n"
+        "def prepare(config):\n    print(config.model if isinstance(config.model, str) else 'shape')\n"
+    )
+
+    def models(model=None, *overrides):
+        config = prepared_config(file, overrides, model)
+        assert capsys.readouterr().out == f"{config.model if isinstance(config.model, str) else 'shape'}\n"
+        return config.model, config.processor
+
+    assert models() == (MODEL, "somewhere")
+    assert models("./mine") == ("./mine", None)
+    assert models("./mine", "--processor", "./other") == ("./mine", "./other")
+    assert models("qwen3_vl_2b") == (PRESETS["qwen3_vl_2b"], "somewhere")
 
 
 @pytest.mark.parametrize(
@@ -122,3 +188,24 @@ def test_config_files_that_are_none(tmp_path, text, told):
         (tmp_path / "c.py").write_text(text)
     with pytest.raises(ConfigError, match=told):
         load_config_file(tmp_path / "c.py")
+
+
+def test_microbatches_may_change_where_no_router_s_loss_is_theirs():
+    """The loss is that of the whole batch, but the load balance of experts is that of each microbatch."""
+    moe = MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    model = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, moe=moe))
+    experts = dataclasses.replace(CONFIG, model=model)
+    for config, settings, free in (
+        (CONFIG, (), True),
+        (CONFIG, ("--router_balance", "0.1"), True),
+        (experts, (), True),
+        (experts, ("--router_balance", "0.1"), False),
+        (experts, ("--router_z", "0.1"), False),
+    ):
+        config = apply_overrides(config, settings)
+        other = apply_overrides(config, ["--stages.s1.microbatches", "2"])
+        assert (fingerprint(other) == fingerprint(config)) == free
+        assert (execution_settings(other) != execution_settings(config)) == free
+    other = apply_overrides(CONFIG, ["--stages.s1.remat", "full"])
+    assert fingerprint(other) == fingerprint(CONFIG)
+    assert execution_settings(other)["stages.1.remat"] == "'full'"

@@ -48,6 +48,20 @@ def test_speed_counts_neither_compiling_nor_an_earlier_process(monkeypatch):
     assert stream.getvalue() == "s0 step 50/7250  loss 1.2500  20 tokens/s  1:00:00 left\n"
 
 
+def test_waits_are_shown_together_and_known_apart(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with Progress(10, 0, None, stream) as progress:
+        progress.waited(50.0)  # for the first batch, before the clock is started
+        progress.start_clock()
+        now[0] = 10.0
+        progress.waited(2.0, 1.0)
+        progress.update(line(1))
+        assert progress.wait_shares == (0.2, 0.1)
+    assert stream.getvalue().endswith("left  waits for data 30%\n")
+
+
 def test_bar_in_a_terminal():
     stream = Terminal()
     with Progress(10, 0, None, stream) as progress:

@@ -105,3 +105,6 @@ def test_a_run_with_nothing_special(tmp_path):
     ]
     assert "Answers" not in page and ">nan" not in page
     assert write_report(out).read_text() == page
+    assert "<title>bare</title>" in page
+    # A run in a bucket is written in a folder of another name.
+    assert "<title>mine</title>" in write_report(out, "mine").read_text()

@@ -2,17 +2,24 @@
 
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file
 
+from qwenvl_jax import cli
+from qwenvl_jax.checkpoint.hf import tensor_table
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train import run_folder
 from qwenvl_jax.train.loop import train_command
 from qwenvl_jax.train.metrics import read_metrics
 from qwenvl_jax.train.processes import Processes
-from tests.train.tiny_run import command_line, killed, write_tiny_run
+from tests.train.tiny_run import command_line, killed, tiny_config, write_tiny_run
 
 pytestmark = pytest.mark.xdist_group("resume")  # one undisturbed run for all
 
@@ -92,6 +99,69 @@ def test_worker_processes_change_nothing(config, whole):
     done = command_line("train", config, "--out", out, *workers)
     assert done.returncode == 0, done.stderr
     check_equal(out, whole)
+
+
+@pytest.mark.usefixtures("promotion_as_usual")
+def test_goes_on_with_what_changes_only_rounding(config, whole, tmp_path):
+    """Short of memory, say: the last two steps with layers made again and smaller chunks, and that is told."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints" / "8")
+    shutil.rmtree(out / "model")
+    other = ("--stages.s1.remat", "full", "--stages.s1.loss_chunk", "40", "--batch.groups", "2")
+    with pytest.raises(ConfigError, match=r"batch\.groups=1, this one has 2"):
+        train_command(str(config), other, out=str(out))
+    assert train_command(str(config), other[:4], out=str(out)).model
+    told = (out / "train.log").read_text().split("continuing after step 6")[1]
+    assert "goes on with stages.1.remat='full' (was 'none'), stages.1.loss_chunk=40 (was 1024): the same but" in told
+    before, after = (read_metrics(folder / "metrics.jsonl") for folder in (whole, out))
+    assert [line["batch"] for line in after] == [line["batch"] for line in before]
+    assert after[:6] == before[:6]
+    np.testing.assert_allclose([line["loss"] for line in after], [line["loss"] for line in before], rtol=1e-5)
+
+
+def test_the_model_of_a_checkpoint(config, whole, tmp_path, capsys):
+    """Its weights are those of the checkpoint; of the last one, every file is that of the run's model."""
+    assert cli.main(["export", str(whole), str(tmp_path / "last"), "--step", "latest"]) == 0
+    assert {path.name for path in (tmp_path / "last").iterdir()} == {path.name for path in (whole / "model").iterdir()}
+    for path in (whole / "model").iterdir():
+        assert (tmp_path / "last" / path.name).read_bytes() == path.read_bytes(), path.name
+
+    assert cli.main(["export", str(whole), str(tmp_path / "six"), "--step", "6"]) == 0
+    assert "vllm serve" in capsys.readouterr().out
+    handler, path = ocp.PyTreeCheckpointHandler(), whole / "checkpoints" / "6" / "state"
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree)
+    stored = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    weights = stored["frozen"] | stored["state"]["params"]
+    written = load_file(tmp_path / "six" / "model.safetensors")
+    last = load_file(tmp_path / "last" / "model.safetensors")
+    names = 0
+    for entry in tensor_table(tiny_config(config.parent).model):
+        for layer, name in enumerate(entry.names()):
+            value = np.asarray(weights[entry.path])
+            assert np.array_equal(written[name], entry.to_public(value if entry.layers is None else value[layer])), name
+            names += 1
+    assert len(written) == len(last) == names
+    assert any(not np.array_equal(written[name], last[name]) for name in last)
+
+
+def test_a_checkpoint_that_is_not_there_is_told(whole, tmp_path, capsys):
+    """With the steps that there are; a run that is not done names the way out."""
+    out = str(tmp_path / "out")
+    for run, more, told in (
+        (whole, ("--step", "5"), "has no checkpoint of step 5; there are those of 6, 8"),
+        (whole / "model", ("--step", "latest"), "holds no checkpoint of a training run"),
+        (whole, ("--step", "6", "--verify"), "leave it out with --step"),
+    ):
+        assert cli.main(["export", str(run), out, *more]) == 2
+        assert told in capsys.readouterr().err
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole, stopped, ignore=shutil.ignore_patterns("model", "processor"))
+    assert cli.main(["export", str(stopped), out]) == 2
+    assert f"`qwenvl-jax export {stopped} DST --step latest`" in capsys.readouterr().err
+    assert cli.main(["export", str(stopped), out, "--step", "8"]) == 2
+    assert "has no processor/config.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_finished_run_is_left_alone(config, whole):

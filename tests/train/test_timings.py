@@ -1,13 +1,15 @@
 """`timings.jsonl`: what steps took, what went into waiting, and what share of all the time stands."""
 
 import json
+import math
+import time
 
 import jax
 import pytest
 
 from qwenvl_jax.flops import Work
 from qwenvl_jax.train import timings
-from qwenvl_jax.train.timings import TimingLog, first_start
+from qwenvl_jax.train.timings import LastStep, TimingLog, first_start
 
 
 class Device:
@@ -66,9 +68,40 @@ def test_what_a_step_took(tmp_path, clock):
     }
     assert (timing.seconds, timing.vision_tokens, timing.mfu) == (2.0, 400, 0.25)
     clock(4)
-    assert log.finish(2)[0]["goodput"] == round(4.5 / 73, 4)
+    log.waited(0.5, 1.5)
+    line, timing = log.finish(2)
+    assert (line["wait"], line["wait_for_others"], timing.wait) == (2.0, 1.5, 2.0)
+    assert line["goodput"] == round(2.5 / 73, 4)
     log.close()
     assert [found["step"] for found in lines(path)] == [1, 2]
+
+
+class Result:
+    """What a step gives, before and after it is computed."""
+
+    ready = False
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+
+def test_when_the_last_step_was_done():
+    """The host goes on meanwhile, and hands over the next."""
+    last, first, second = LastStep(), Result(), Result()
+    assert last.done_at() == -math.inf
+    last.begin(first)
+    last.begin(second)
+    before = time.monotonic()
+    first.ready = True
+    time.sleep(0.05)
+    assert last.done_at() == math.inf
+    second.ready = True
+    while last.done_at() == math.inf:
+        assert time.monotonic() < before + 30
+        time.sleep(0.001)
+    assert before + 0.05 <= last.done_at() <= time.monotonic()
+    last.begin(Result())
+    last.close()  # whether the step is done or not
 
 
 def test_goodput_counts_restarts_and_no_step_that_is_taken_again(tmp_path, clock):

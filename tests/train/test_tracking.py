@@ -124,13 +124,24 @@ def test_tensorboard_catches_up_with_lines_that_it_lost(tmp_path):
 @pytest.mark.slow
 def test_weights_and_biases(tmp_path, monkeypatch):
     """Its own client, writing to disk: a second process goes on with the run's name and sends no step again."""
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    trackers = Trackers(["wandb"], tmp_path, 0, {"seed": "0"})
+    begun: list[dict] = []
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **given: begun.append(given) or init(**given))
+    trackers = Trackers(["wandb"], tmp_path, 0, {"seed": "0"}, "of a bucket")
     for step in range(1, 4):
         trackers.write("metrics", metrics(step) | timing(step))
-    trackers.write("validation", validation(3))
+    judged = validation(3)
+    judged["answers"][0]["answer"] = "<script>at 3 & more</script>"
+    trackers.write("validation", judged)
     trackers.close()
+    assert begun[0]["name"] == "of a bucket"
+    # What a model says is shown, not run.
+    (page,) = tmp_path.glob("wandb/offline-run-*/files/media/html/**/*.html")
+    assert "&lt;script&gt;at 3 &amp; more&lt;/script&gt;" in page.read_text() and "<script>" not in page.read_text()
     add(tmp_path / "metrics.jsonl", metrics(1), metrics(2))
     trackers = Trackers(["wandb"], tmp_path, 2, {"seed": "0"})
     for step in range(3, 6):
