@@ -4,8 +4,9 @@ Dropless: a device takes whatever the router sends it. With P devices along `exp
 
     own tokens, k times, sorted by expert  ->  exchange  ->  sorted by own expert  ->  product  ->  the same way back
 
-XLA exchanges ragged runs of rows on TPU and GPU, and multiplies no more of them than arrived. Its CPU backend cannot,
-so there each run is filled up to the largest that there can be.
+XLA exchanges ragged runs of rows on TPU and GPU, and on TPU multiplies no more of them than arrived; elsewhere all
+that there is room for is multiplied, block by block. Its CPU backend exchanges no runs either: there each is filled up
+to the largest that there can be.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """What keeps a router of experts in balance, and how balanced it is.
 
-Padding counts nowhere. Means are over the whole batch, whatever devices it lies on: the global-batch balance of Qwen3
-(arXiv 2505.09388, section 2), which lets a device's few samples be as one-sided as they are.
+Padding counts nowhere. Means are over all devices: the global-batch balance of Qwen3 (arXiv 2505.09388, section 2),
+which lets a device's few samples be as one-sided as they are. A batch that is taken in microbatches has the mean of
+their balances, weighed by their tokens: to weigh one by what the whole batch chose, all would have to be run twice.
 """
 
 import jax

@@ -5,6 +5,8 @@ gathers the keys and values of its rows, which grouped queries make small beside
 queries it has. A ring would move the same bytes one device at a time; the kernels give no partial softmax to join.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -33,7 +35,7 @@ def text_attention(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
         segments = execution.fitting_spec(segments_BT.shape, "batch", None)
 
         def rows(q, k, v, s):
-            k, v = _own_heads(k, v, q, q_BTNE, execution)
+            k, v = _own_heads(k, v, q.shape[2], queries[2], keys[2])
             if execution.backend == "cudnn":
                 return cudnn_attention(q, k, v, s, causal=True, packed=execution.packs)
             return splash_attention(q, k, v, s, causal=True, interpret=execution.platform != "tpu")
@@ -42,6 +44,15 @@ def text_attention(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
         return run(q_BTNE, k_BTKE, v_BTKE, segments_BT)
     y = attention(q_BTNE, k_BTKE, v_BTKE, q_segments_BT=segments_BT, kv_segments_BS=segments_BT, causal=True)
     return checkpoint_name(y, ATTENTION)
+
+
+def splash_multiple(execution: Execution) -> int:
+    """What the kernel for TPUs wants the length of a row of text to be a multiple of.
+
+    It fills up whole rows; of rows split over `context` each device has two chunks, which go block by block. Rows of
+    other lengths go by plain attention, whose scores take far more memory.
+    """
+    return 2 * execution.split("tokens") * LANES if execution.split("tokens") > 1 else 1
 
 
 def vision_attention(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL, execution: Execution, *, span: int | None = None):
@@ -71,16 +82,33 @@ def vision_attention(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL, execution: Executi
     return checkpoint_name(jax.vmap(plain)(q_GRLNE, k_GRLNE, v_GRLNE, segments_GRL), ATTENTION)
 
 
-def _own_heads(k, v, q, all_q, execution: Execution):
-    """Of keys and values that every device of `tensor` has whole, the heads that this device's queries read."""
-    N, here, K = all_q.shape[2], q.shape[2], k.shape[2]
-    if here == N or execution.split("kv_heads") > 1:
+def _own_heads(k, v, here: int, of_queries, of_keys):
+    """The heads of keys and values that this device's queries read, each by as many of those.
+
+        12 queries over 3 devices, 2 heads of keys, each read by 6:
+
+        queries  0 1 2 3 | 4 5 6 7 | 8 9 10 11
+        read     0       | 0   1   | 1
+
+    Args:
+      k, v: [B, S, K, E], this device's part along the mesh axes `of_keys`.
+      here: query heads of this device.
+      of_queries, of_keys: the mesh axes that heads of queries and of keys are split over; None where they are whole.
+    """
+    if of_queries == of_keys:
         return k, v
-    (axis,) = execution.spec("heads")
+    if of_keys is not None:
+        k, v = (jax.lax.all_gather(x, of_keys, axis=2, tiled=True) for x in (k, v))
+    if of_queries is None:
+        return k, v
+    K, N = k.shape[2], here * jax.lax.axis_size(of_queries)
     each = N // K  # queries that share a head of keys
-    count = max(here // each, 1)
-    first = jax.lax.axis_index(axis) * here // each
-    return tuple(jax.lax.dynamic_slice_in_dim(x, first, count, axis=2) for x in (k, v))
+    together = math.gcd(here, each)  # of them on this device, wherever it is
+    first, count = jax.lax.axis_index(of_queries) * here, here // together
+    if here % each and each % here:  # heads that devices share: some stand here more than once
+        heads = (first + jnp.arange(count, dtype=jnp.int32) * together) // each
+        return tuple(jnp.take(x, heads, axis=2) for x in (k, v))
+    return tuple(jax.lax.dynamic_slice_in_dim(x, first // each, count, axis=2) for x in (k, v))
 
 
 def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
@@ -95,7 +123,7 @@ def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
         return from_balanced(jax.lax.all_gather(x, axis, axis=1, tiled=True), devices)
 
     def plain(q, k, v, s):
-        k, v = _own_heads(whole(k), whole(v), q, q_BTNE, execution)
+        k, v = _own_heads(whole(k), whole(v), q.shape[2], queries[2], keys[2])
         all_s = whole(s)
         device, chunk = jax.lax.axis_index(axis), T // (2 * devices)
         parts = []
@@ -107,7 +135,7 @@ def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
         # What cuDNN gives is kept by itself where attention is.
         return y if execution.backend == "cudnn" else checkpoint_name(y, ATTENTION)
 
-    if execution.backend != "splash" or T % (2 * devices * LANES):
+    if execution.backend != "splash" or T % splash_multiple(execution):
         return execution.map(plain, (queries, keys, keys, segments), queries)(q_BTNE, k_BTKE, v_BTKE, segments_BT)
 
     heads = q_BTNE.shape[2] // execution.split("heads")
@@ -116,7 +144,7 @@ def _over_context(q_BTNE, k_BTKE, v_BTKE, segments_BT, execution: Execution):
     spec = kernel.manual_sharding_spec(NamedSharding(execution.mesh, PartitionSpec(None, axis)))
 
     def blocks(kernel, q, k, v, s):
-        k, v = _own_heads(whole(k), whole(v), q, q_BTNE, execution)
+        k, v = _own_heads(whole(k), whole(v), q.shape[2], queries[2], keys[2])
         return run_kernel(kernel, q, k, v, s, whole(s))
 
     run = execution.map(blocks, (spec, queries, keys, keys, segments), queries)

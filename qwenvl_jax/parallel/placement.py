@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.parallel.mesh import single_device_mesh
-from qwenvl_jax.parallel.rules import BATCH_AXES, DEFAULT_RULES, Rules, mesh_axes
+from qwenvl_jax.parallel.rules import BATCH_AXES, DEFAULT_RULES, Rules, check_rules, mesh_axes
 
 Remat = Literal["none", "full", "attention", "products", "products_attention", "offload"]
 Backend = Literal["auto", "plain", "splash", "cudnn"]
@@ -64,6 +64,7 @@ class Execution:
         for field, kinds in (("remat", Remat), ("attention", Backend)):
             if getattr(self, field) not in get_args(kinds):
                 raise ConfigError(f"{field}={getattr(self, field)!r} is not one of {', '.join(get_args(kinds))}.")
+        check_rules(self.mesh, self.rules)
 
     @property
     def platform(self) -> str:
@@ -158,12 +159,14 @@ def token_shape_axes(path: tuple) -> tuple[str | None, ...]:
     return ("groups", "vision_rows") if path[0].name == "vision" else ("batch", "tokens")
 
 
+def leaf_axes(path: tuple) -> tuple[str | None, ...]:
+    """Logical axes of the first two dimensions of a leaf of a `Batch`, as it is placed; the others are whole."""
+    return ("groups", None) if path[-1].name == "pixel_table" else token_shape_axes(path)
+
+
 def batch_sharding(path: tuple, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
     """How a leaf of a `Batch` is placed."""
-    axes: tuple[str | None, ...] = token_shape_axes(path)
-    if path[-1].name == "pixel_table":
-        axes = ("groups", None)
-    return NamedSharding(mesh, Execution(mesh, rules).spec(*axes))
+    return NamedSharding(mesh, Execution(mesh, rules).spec(*leaf_axes(path)))
 
 
 def row_share(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[int, int]:
@@ -273,8 +276,7 @@ def place_batch(batch, execution: Execution):
         return batch
 
     def put(path, leaf):
-        axes = ("groups", None) if path[-1].name == "pixel_table" else token_shape_axes(path)
-        sharding = NamedSharding(execution.mesh, execution.fitting_spec(leaf.shape, *axes))
+        sharding = NamedSharding(execution.mesh, execution.fitting_spec(leaf.shape, *leaf_axes(path)))
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree_util.tree_map_with_path(put, batch)

@@ -65,6 +65,15 @@ TABLES: Mapping[str, Rules] = {
 }
 DEFAULT_RULES = TABLES["fsdp_tensor"]
 
+# Logical axes that no mesh axis splits both of: those of one activation, and those of weights whose parts are summed
+# over devices (`vocab`, `expert_mlp`), which must hold the same tokens then: sums of different ones would mean nothing.
+_APART = (
+    ("batch", "tokens"),
+    ("groups", "tokens"),
+    ("groups", "vision_rows"),
+    *((axis, rows) for axis in ("vocab", "heads", "kv_heads", "mlp", "expert_mlp") for rows in ("batch", "tokens")),
+)
+
 
 def make_rules(table: str, overrides: Iterable[str] = ()) -> Rules:
     """A named table with some of its rules replaced.
@@ -99,6 +108,22 @@ def mesh_axes(axis: str | None, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
     target = None if axis is None else rules[axis]
     names = (target,) if isinstance(target, str) else tuple(target or ())
     return tuple(name for name in names if mesh.shape[name] > 1)
+
+
+def check_rules(mesh: Mesh, rules: Rules) -> None:
+    """Checks that rules split no mesh axis in two ways where activations need one.
+
+    Raises:
+      ConfigError: a mesh axis along which, say, both the vocabulary and the tokens would be split.
+    """
+    for axis, other in _APART:
+        for shared in mesh_axes(axis, mesh, rules):
+            if shared in mesh_axes(other, mesh, rules):
+                told = (f"{name}={'+'.join(mesh_axes(name, mesh, rules))}" for name in (axis, other))
+                raise ConfigError(
+                    f"sharding rules {' and '.join(told)} both split over mesh axis {shared!r}, but devices along it "
+                    f"can share only one of them; leave {shared!r} out of one rule."
+                )
 
 
 def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:

@@ -1,7 +1,8 @@
 """The training step: a pure loss over the weights by name, its gradient, and the update.
 
 A batch may be taken in microbatches, whose gradients are summed: memory holds the activations of one of them. Every
-normaliser is that of the whole batch, whatever microbatch, group or device its parts lie on.
+normaliser is that of the whole batch, whatever microbatch, group or device its parts lie on. One thing is of each
+microbatch: the balance of the experts, which multiplies means (see `qwenvl_jax.ops.router`).
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from qwenvl_jax.batch import Batch
 from qwenvl_jax.ops.losses import token_losses
 from qwenvl_jax.ops.router import balance_loss, z_loss
 from qwenvl_jax.parallel.context import balanced_batch
-from qwenvl_jax.parallel.placement import Execution
+from qwenvl_jax.parallel.placement import Execution, leaf_axes
 from qwenvl_jax.train.config import StageConfig
 from qwenvl_jax.train.optimizer import learning_rate
 from qwenvl_jax.train.state import ModelParts, Params, TrainState
@@ -33,8 +34,9 @@ class StepOutput:
       grad_norm: f32[], global norm of the gradients, before they are clipped.
       skipped: i32[], 0 if the step was taken, else how many steps of the stage have been left out with it.
       sums: "experts" f32[Y, X], tokens sent to each expert of each layer; "router_balance" and "router_z" f32[], the
-        router's losses before their weights; for a batch with `classes` "loss" and "weight" f32[classes], the weighted
-        losses and the weights of each class. Only what there is.
+        router's losses before their weights (of microbatches the mean of their balances, weighed by their tokens); for
+        a batch with `classes` "loss" and "weight" f32[classes], the weighted losses and the weights of each class. Only
+        what there is.
     """
 
     loss: jax.Array
@@ -64,14 +66,8 @@ def normalised_weights(batch: Batch, kind: str):
 
 def make_execution(parts: ModelParts, stage: StageConfig) -> Execution:
     """How a stage runs the model on the mesh of its weights."""
-    return Execution(
-        parts.mesh,
-        parts.rules,
-        remat=stage.remat,
-        unroll=stage.unroll,
-        attention=stage.attention,
-        balanced=parts.mesh.shape["context"] > 1,
-    )
+    execution = Execution(parts.mesh, parts.rules, remat=stage.remat, unroll=stage.unroll, attention=stage.attention)
+    return dataclasses.replace(execution, balanced=execution.split("tokens") > 1)
 
 
 def make_loss(parts: ModelParts, stage: StageConfig) -> Callable[[Params, Batch], jax.Array]:
@@ -80,7 +76,7 @@ def make_loss(parts: ModelParts, stage: StageConfig) -> Callable[[Params, Batch]
 
     def loss(params: Params, batch: Batch):
         batch = _weighed(batch, stage.loss)
-        return summed(params, batch)[1]["total"] / _positive(jnp.sum(batch.loss_weights))
+        return summed(params, batch, _weight_a_token(batch))[1]["total"] / _positive(jnp.sum(batch.loss_weights))
 
     return loss
 
@@ -116,14 +112,14 @@ def make_step(parts: ModelParts, stage: StageConfig, optimizer: optax.GradientTr
 
 
 def _make_objective(parts: ModelParts, stage: StageConfig, classes: int = 0):
-    """Returns `summed(params, batch) -> (f32[], sums)` of a batch whose weights are those of the loss.
+    """Returns `summed(params, batch, weight_a_token) -> (f32[], sums)` of a batch whose weights are those of the loss.
 
     The first is what is differentiated, to be divided by the weights of the whole batch: the weighted losses, and the
-    router's losses as if each supervised token had them, so that microbatches add up.
+    router's losses as if each token had them and the mean weight of one, so that microbatches add up.
     """
     execution = make_execution(parts, stage)
 
-    def summed(params: Params, batch: Batch):
+    def summed(params: Params, batch: Batch, weight_a_token):
         if execution.balanced:
             batch = balanced_batch(batch, execution.split("tokens"))
         model = parts.merge(params)
@@ -133,7 +129,6 @@ def _make_objective(parts: ModelParts, stage: StageConfig, classes: int = 0):
         )
         weighted_BT = losses_BT * batch.loss_weights
         total = jnp.sum(weighted_BT)
-        weight = jnp.sum(batch.loss_weights)
         sums = {"total": total}
         if classes and batch.classes is not None:
             of_classes = (batch.classes.reshape(-1), classes + 1)
@@ -141,6 +136,7 @@ def _make_objective(parts: ModelParts, stage: StageConfig, classes: int = 0):
             sums["weight"] = jax.ops.segment_sum(batch.loss_weights.reshape(-1), *of_classes)[1:]
         objective = total
         if load:
+            weight = weight_a_token * jnp.sum(batch.segment_ids > 0).astype(jnp.float32)
             balance, z = balance_loss(load), z_loss(load)
             objective = objective + weight * (stage.router_balance * balance + stage.router_z * z)
             sums |= {"experts": load["choices"], "router_balance": weight * balance, "router_z": weight * z}
@@ -154,25 +150,26 @@ def make_gradients(parts: ModelParts, stage: StageConfig, classes: int = 0):
     summed = _make_objective(parts, stage, classes)
     execution = make_execution(parts, stage)
 
-    def one(params: Params, frozen: Params, batch: Batch):
-        (_, sums), gradients = jax.value_and_grad(lambda p: summed(p | frozen, batch), has_aux=True)(params)
+    def one(params: Params, frozen: Params, batch: Batch, weight_a_token):
+        objective = jax.value_and_grad(lambda p: summed(p | frozen, batch, weight_a_token), has_aux=True)
+        (_, sums), gradients = objective(params)
         return gradients, sums
 
     def gradients_of(params: Params, frozen: Params, batch: Batch):
         batch = _weighed(batch, stage.loss)
-        weight = _positive(jnp.sum(batch.loss_weights))
+        weight, weight_a_token = _positive(jnp.sum(batch.loss_weights)), _weight_a_token(batch)
         if stage.microbatches == 1:
-            gradients, sums = one(params, frozen, batch)
+            gradients, sums = one(params, frozen, batch, weight_a_token)
         else:
             parts_of_batch = microbatches(batch, stage.microbatches, execution)
             first = jax.tree.map(lambda x: x[0], parts_of_batch)
-            shapes = jax.eval_shape(one, params, frozen, first)
+            shapes = jax.eval_shape(one, params, frozen, first, weight_a_token)
             begun = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
 
             def add(total, part):
                 # Without the barrier libtpu 0.0.52 would move sums over devices out of this loop, and fails at those of
                 # experts.
-                found = jax.lax.optimization_barrier(one(params, frozen, part))
+                found = jax.lax.optimization_barrier(one(params, frozen, part, weight_a_token))
                 return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, found), None
 
             (gradients, sums), _ = jax.lax.scan(add, begun, parts_of_batch)
@@ -191,21 +188,26 @@ def make_gradients(parts: ModelParts, stage: StageConfig, classes: int = 0):
 def microbatches(batch: Batch, count: int, execution: Execution) -> Batch:
     """A batch in `count` parts, along a new leading axis of every leaf.
 
-    Each device's rows and groups are divided, so that no row changes its device.
+    Each device's rows and groups are divided, so that nothing changes its device: the parts are split as the whole.
     """
     devices = execution.split("batch")
 
-    def divided(leaf):
+    def divided(path, leaf):
         each = leaf.shape[0] // (devices * count)
         parts = leaf.reshape(devices, count, each, *leaf.shape[1:]).swapaxes(0, 1)
         parts = parts.reshape(count, devices * each, *leaf.shape[1:])
-        return execution.constrain(parts, None, "batch", *(None,) * (leaf.ndim - 1))
+        return execution.constrain(parts, None, *leaf_axes(path), *(None,) * (leaf.ndim - 2))
 
-    return jax.tree.map(divided, batch)
+    return jax.tree_util.tree_map_with_path(divided, batch)
 
 
 def _weighed(batch: Batch, kind: str) -> Batch:
     return dataclasses.replace(batch, loss_weights=normalised_weights(batch, kind))
+
+
+def _weight_a_token(batch: Batch):
+    """The weight of the loss that a token of a batch has in the mean, padding left out: f32[]."""
+    return jnp.sum(batch.loss_weights) / _positive(jnp.sum(batch.segment_ids > 0).astype(jnp.float32))
 
 
 def _positive(weight):

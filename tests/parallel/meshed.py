@@ -45,7 +45,9 @@ def even_config(generation: str) -> QwenVLConfig:
     return dataclasses.replace(config, text=text, vision=vision)
 
 
-def everything(config: QwenVLConfig, *, rows: int = ROWS, groups: int = ROWS, length: int = LENGTH) -> Batch:
+def everything(
+    config: QwenVLConfig, *, rows: int = ROWS, groups: int = ROWS, length: int = LENGTH, vision_shape=VISION
+) -> Batch:
     """Rows of two or three samples of different lengths; most show a picture of a size of its own, one shows none."""
     rng, vision = np.random.default_rng(0), config.vision
     unit = vision.spatial_merge_size**2
@@ -75,7 +77,7 @@ def everything(config: QwenVLConfig, *, rows: int = ROWS, groups: int = ROWS, le
         length=length,
         pixel_table=table,
         groups=groups,
-        vision_shape=VISION,
+        vision_shape=vision_shape,
         pad_token_id=0,
         merge_size=vision.spatial_merge_size,
         patch_dim=vision.patch_dim,
@@ -103,7 +105,7 @@ def parts_on(
 
 
 @functools.cache
-def _drawn(config: QwenVLConfig) -> dict[str, np.ndarray]:
+def drawn(config: QwenVLConfig) -> dict[str, np.ndarray]:
     """Random weights, drawn on one device: what is drawn depends on where it is."""
     single = ModelParts(config, dtype="float32", param_dtype="float32", mesh=make_mesh(jax.devices()[:1], data=1))
     return {name: np.asarray(value) for name, value in single.random(1).items()}
@@ -113,7 +115,7 @@ def outcome(parts: ModelParts, batch: Batch, **settings) -> Outcome:
     """The gradients of a batch, and the weights after a step of SGD at rate 1."""
     optimizer = OptimizerConfig(learning_rate=1.0, schedule="constant", clip_norm=0.0)
     stage = StageConfig(name="s", steps=1, loss="sqrt", loss_chunk=24, optimizer=optimizer, **settings)
-    params = jax.device_put(_drawn(parts.config), parts.shardings)
+    params = jax.device_put(drawn(parts.config), parts.shardings)
     placed = shard_batch(batch, parts.mesh, parts.rules)
     # SGD, whose state is the gradients that it was given; before the first step it is anything of their shapes.
     rule = optax.GradientTransformation(lambda params: params, lambda g, _, __: (jax.tree.map(jnp.negative, g), g))

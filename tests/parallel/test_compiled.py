@@ -5,8 +5,10 @@ import importlib.util
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.parallel.mesh import make_mesh
 from qwenvl_jax.presets import PRESETS
@@ -50,8 +52,9 @@ def narrow(name: str):
     )
 
 
-def across_groups(program: str, mesh, features: set[int]):
-    """Collectives that hold something with one of these sizes, and join devices of different vision groups.
+def across_groups(program: str, mesh, features: set[int], tokens=frozenset(), widths=frozenset()):
+    """Collectives that join devices of different vision groups and hold something with one of the sizes of features,
+    or add up something with a size of tokens beside a width: each device what it has for the tokens of all.
 
     Sums of no more than a row of a group are gradients of weights on their way: they tell no group from another.
     """
@@ -62,22 +65,64 @@ def across_groups(program: str, mesh, features: set[int]):
     for one in collectives(program):
         shapes = [shape for shape in one.shapes if features & set(shape)]
         held = any(one.kind != "all-reduce" or len(shape) > 2 for shape in shapes)
-        if held and any(len({shares[device] for device in group}) > 1 for group in one.groups):
+        added = one.kind in ("all-reduce", "reduce-scatter")
+        added = added and any(tokens & set(shape) and widths & set(shape) for shape in one.shapes)
+        if (held or added) and any(len({shares[device] for device in group}) > 1 for group in one.groups):
             yield one
 
 
 # 502 merged tokens, from two rows of 1004 patches: no weight has such a size.
 VISION, FEATURES = ((2, 1004),), {502, 251, 1004, 2 * 502, 4 * 502, 8 * 502}
+# Rows of 520 tokens, on one device, on two, or those of all; parts of the width of `even_config`.
+LENGTH, TOKENS, WIDTHS = 520, {520, 260, 4 * 520, 8 * 520}, {32, 16, 8, 4}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}])
-def test_no_device_sees_the_features_of_another_group(sizes):
+@pytest.mark.parametrize(
+    ("name", "sizes", "rules"),
+    [
+        ("qwen3_vl", {"fsdp": 8}, "fsdp_tensor"),
+        ("qwen3_vl", {"fsdp": 4, "tensor": 2}, "fsdp_tensor"),
+        ("qwen3_vl", {"data": 2, "fsdp": 2, "context": 2}, "fsdp_tensor"),
+        ("qwen3_vl", {"fsdp": 4, "context": 2}, "zero"),
+        ("qwen3_vl_moe", {"fsdp": 2, "expert": 2, "tensor": 2}, "fsdp_tensor"),
+        ("qwen3_vl_moe", {"fsdp": 2, "expert": 2, "context": 2}, "zero"),
+    ],
+)
+def test_no_device_sees_the_features_of_another_group(name, sizes, rules):
     mesh = make_mesh(jax.devices()[:8], **sizes)
-    program = compile_step(even_config("qwen3_vl"), mesh, dtype="float32", length=512, vision=VISION)
+    program = compile_step(even_config(name), mesh, rules=rules, dtype="float32", length=LENGTH, vision=VISION)
     text = program.as_text()
     assert len(collectives(text)) > 10
-    assert list(across_groups(text, mesh, FEATURES)) == []
+    assert list(across_groups(text, mesh, FEATURES, TOKENS, WIDTHS)) == []
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_look_at_the_features_of_other_groups_is_seen(masked):
+    """Features gathered from every group, and each device's own at the tokens of all, added up."""
+    mesh = make_mesh(jax.devices()[:8], fsdp=8)
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+
+    def read(features_GMH, index_BT):
+        features = features_GMH.reshape(-1, features_GMH.shape[-1])
+        if not masked:
+            return jnp.take(features, index_BT, axis=0)
+
+        def own(part, index):
+            index = jax.lax.all_gather(index, "fsdp", tiled=True) - jax.lax.axis_index("fsdp") * len(part)
+            there = (index >= 0) & (index < len(part))
+            found = jnp.where(there[..., None], jnp.take(part, jnp.where(there, index, 0), axis=0), 0.0)
+            return jax.lax.psum_scatter(found, "fsdp", tiled=True)
+
+        spec = PartitionSpec("fsdp")
+        return jax.shard_map(own, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(features, index_BT)
+
+    shapes = ((8, 502, 32), jnp.float32), ((8, LENGTH), jnp.int32)
+    arguments = [jax.ShapeDtypeStruct(*shape, sharding=rows) for shape in shapes]
+    text = jax.jit(read, out_shardings=rows).lower(*arguments).compile().as_text()
+    assert list(across_groups(text, mesh, FEATURES, TOKENS, WIDTHS))
+    if masked:
+        assert list(across_groups(text, mesh, FEATURES)) == []
 
 
 @needs_libtpu

@@ -6,16 +6,18 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from qwenvl_jax.data.packing import BatchShape
-from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.errors import ConfigError, QwenVLError
 from qwenvl_jax.models.qwenvl import QwenVL
-from qwenvl_jax.parallel.mesh import make_mesh, single_device_mesh
-from qwenvl_jax.parallel.placement import shard_batch
+from qwenvl_jax.parallel.mesh import make_mesh, single_device_mesh, with_all_axes
+from qwenvl_jax.parallel.placement import Execution, shard_batch
 from qwenvl_jax.parallel.rules import DEFAULT_RULES, make_rules, param_shardings, partition_spec
 from qwenvl_jax.train.config import MeshConfig, StageConfig, TrainConfig
-from qwenvl_jax.train.devices import mesh_of
+from qwenvl_jax.train.devices import attention_notes, mesh_of
+from qwenvl_jax.train.loop import train
+from tests.checkpoint.shape import GENERATIONS
 
 
 def test_a_collision_names_the_weight_and_both_axes():
@@ -39,6 +41,30 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
         make_mesh(fsdp=3, tensor=2)
     with pytest.raises(ConfigError, match="unknown mesh axis 'model'"):
         make_mesh(model=8)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_of_some_axes_is_one_of_all(kind):
+    """Its axes in any order, and of any kind; what lies along each stays."""
+    devices = np.asarray(jax.devices()[:6])
+    wanted = make_mesh(list(devices), fsdp=2, tensor=3)
+    assert with_all_axes(wanted) is wanted
+    assert with_all_axes(Mesh(devices.reshape(2, 3), ("fsdp", "tensor"), axis_types=(kind,) * 2)) == wanted
+    assert with_all_axes(Mesh(devices.reshape(2, 3).T, ("tensor", "fsdp"), axis_types=(kind,) * 2)) == wanted
+    with pytest.raises(ConfigError, match=r"mesh \{'fsdp': 2, 'model': 3\}: unknown axis 'model'; the axes are data, "):
+        with_all_axes(Mesh(devices.reshape(2, 3), ("fsdp", "model"), axis_types=(kind,) * 2))
+
+
+def test_a_model_is_loaded_onto_a_mesh_of_one_axis(tiny_checkpoint):
+    """As `jax.make_mesh` makes one."""
+    devices = jax.devices()[:2]
+    mesh = jax.make_mesh((2,), ("fsdp",), devices=devices)
+    model = QwenVL.from_pretrained(tiny_checkpoint, dtype="float32", mesh=mesh)
+    assert model.execution.mesh == make_mesh(devices, fsdp=2)
+    kernels = [kernel for kernel in jax.tree.leaves(nnx.state(model)) if not kernel.sharding.is_fully_replicated]
+    assert kernels and all(kernel.sharding.mesh == model.execution.mesh for kernel in kernels)
+    with pytest.raises(ConfigError, match="unknown axis 'model'"):
+        QwenVL.from_pretrained(tiny_checkpoint, mesh=jax.make_mesh((2,), ("model",), devices=devices))
 
 
 def test_a_batch_that_the_data_axes_do_not_divide_is_refused(mixed_batch):
@@ -127,6 +153,25 @@ def test_rules_that_name_nothing_are_refused(table, rules, told):
         make_rules(table, rules)
 
 
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("vocab=tensor+context", "vocab=tensor\\+context and tokens=context .* mesh axis 'context'"),
+        ("vocab=fsdp", "vocab=fsdp and batch=fsdp .* mesh axis 'fsdp'"),
+        ("expert_mlp=tensor+context", "expert_mlp=tensor\\+context and tokens=context .* mesh axis 'context'"),
+        ("heads=context", "heads=context and tokens=context"),
+        ("vision_rows=fsdp", "groups=fsdp and vision_rows=fsdp"),
+    ],
+)
+def test_a_mesh_axis_that_would_split_tokens_and_something_else_is_refused(rule, told):
+    """Sums over the vocabulary or over an expert's width would add up what devices have of different tokens."""
+    rules = make_rules("fsdp_tensor", (rule,))
+    with pytest.raises(ConfigError, match=told):
+        Execution(make_mesh(fsdp=2, context=2, tensor=2), rules)
+    mesh = make_mesh(data=4, tensor=2)  # where the axis splits nothing, so does the rule
+    assert Execution(mesh, rules).split("tokens") == 1
+
+
 def test_the_mesh_of_a_run_takes_rules_and_checks_every_stage(tmp_path):
     """Rows, groups, tokens and vision rows that the mesh does not divide, before anything is read."""
 
@@ -148,3 +193,40 @@ def test_the_mesh_of_a_run_takes_rules_and_checks_every_stage(tmp_path):
     stages = tuple(dataclasses.replace(stage, attention="cudnn") for stage in config(MeshConfig()).stages)
     with pytest.raises(ConfigError, match="cudnn wants an NVIDIA GPU and dtype=bfloat16, and this run has cpu"):
         mesh_of(dataclasses.replace(config(MeshConfig()), stages=stages))
+
+
+def test_rows_that_the_kernel_for_tpus_does_not_take_are_refused_or_told(monkeypatch):
+    """Split over `context` it wants two chunks of 128 for each device; whole rows it fills up by itself."""
+    monkeypatch.setattr(Execution, "platform", "tpu")
+
+    def config(attention: str, length: int, **sizes: int) -> TrainConfig:
+        batch = BatchShape(rows=8, groups=8, length=length, vision=((4, 16),))
+        stage = StageConfig(name="s", steps=1, batch=batch, attention=attention)
+        return TrainConfig(model="m", stages=(stage,), processor="p", mesh=MeshConfig(**sizes))
+
+    told = "batch.length=1280 is no multiple of 1024, two chunks of 128 for each device of mesh.context"
+    with pytest.raises(ConfigError, match=f"stage s: attention=splash: {told}; change one of them"):
+        mesh_of(config("splash", 1280, fsdp=2, context=4))
+    for attention, length, sizes, notes in (
+        ("auto", 1280, {"fsdp": 2, "context": 4}, 1),
+        ("auto", 1024, {"fsdp": 2, "context": 4}, 0),
+        ("splash", 1024, {"fsdp": 2, "context": 4}, 0),
+        ("plain", 1280, {"fsdp": 2, "context": 4}, 0),
+        ("auto", 1000, {"fsdp": 8}, 0),
+    ):
+        run = config(attention, length, **sizes)
+        found = attention_notes(run, *mesh_of(run))
+        assert len(found) == notes and all(told in note for note in found)
+
+
+def test_a_run_says_so_before_it_reads_anything(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Execution, "platform", "tpu")
+    stage = StageConfig(name="s", steps=1, batch=BatchShape(rows=4, groups=4, length=320, vision=((4, 16),)))
+    mesh, missing = MeshConfig(fsdp=4, context=2), str(tmp_path / "missing")
+    config = TrainConfig(model=GENERATIONS["qwen3_vl"], stages=(stage,), processor=missing, mesh=mesh)
+    with pytest.raises(QwenVLError, match=missing):
+        train(config, tmp_path / "run")
+    told = (
+        "stage s: plain attention, which takes far more memory than the TPU's kernel: batch.length=320 is no multiple"
+    )
+    assert told in capsys.readouterr().err

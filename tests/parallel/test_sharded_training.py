@@ -7,10 +7,16 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from qwenvl_jax.data.packing import BatchShape
+from qwenvl_jax.ops.router import balance_loss
 from qwenvl_jax.parallel.placement import Execution
+from qwenvl_jax.train.config import StageConfig
+from qwenvl_jax.train.program import abstract_batch
+from qwenvl_jax.train.step import make_execution, microbatches
 from tests.checkpoint.shape import GENERATIONS
-from tests.parallel.meshed import assert_same, even_config, everything, outcome, parts_on
+from tests.parallel.meshed import ROWS, assert_same, drawn, even_config, everything, outcome, parts_on
 from tests.support import MODEL_TYPES
 
 MESHES = {
@@ -26,6 +32,7 @@ MESHES = {
     "expert+context": {"fsdp": 2, "expert": 2, "context": 2},
     "data+fsdp+tensor": {"data": 2, "fsdp": 2, "tensor": 2},
 }
+HALVES = (slice(0, ROWS // 2), slice(ROWS // 2, ROWS))
 FAST = {("qwen3_vl", "context+tensor"), ("qwen3_vl_moe", "expert+tensor")}
 
 
@@ -67,6 +74,19 @@ def test_every_table_of_rules_computes_the_same(generation, table):
 
 
 @pytest.mark.slow
+def test_stretched_positions_a_tied_table_and_windows_in_long_rows_compute_the_same():
+    """YaRN where rows are split over `context`; a table in eight parts that is looked up and projects; rows of 64
+    patches, whose windows of 16 are compared with their neighbours alone."""
+    config, long = even_config("qwen2_5_vl_yarn"), ((2, 64),)
+    span = (config.vision.window_cells * config.vision.spatial_merge_size) ** 2
+    assert config.text.rope.yarn and config.text.tie_word_embeddings and 3 * span < 64
+    parts = parts_on(config, "zero", ("vision_rows=context",), fsdp=2, context=2, tensor=2)
+    batch = everything(config, vision_shape=long)
+    assert parts.shardings["text.embed.table"].spec == PartitionSpec("tensor", ("fsdp", "context"))
+    assert_same(outcome(parts, batch), outcome(parts_on(config), batch))
+
+
+@pytest.mark.slow
 def test_heads_of_keys_may_be_fewer_than_devices_of_tensor():
     config = even_config("qwen3_vl")
     for sizes in ({"data": 2, "tensor": 4}, {"context": 2, "tensor": 4}):
@@ -74,11 +94,51 @@ def test_heads_of_keys_may_be_fewer_than_devices_of_tensor():
         assert_same(outcome(parts, everything(config)), alone("qwen3_vl"))
 
 
+def test_rows_that_a_rule_leaves_whole_stay_in_their_order():
+    """Slots are reordered for the devices that they are split over, which along `context` a rule may make none."""
+    config, stage = even_config("qwen3_vl"), StageConfig(name="s", steps=1)
+    assert make_execution(parts_on(config, context=2), stage).balanced
+    assert not make_execution(parts_on(config, override=("tokens=",), context=2), stage).balanced
+
+
+@pytest.mark.slow
+def test_rows_whole_along_context_compute_the_same():
+    config = even_config("qwen3_vl")
+    parts = parts_on(config, override=("tokens=",), fsdp=2, context=2)
+    assert_same(outcome(parts, everything(config)), alone("qwen3_vl"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 2}, {"fsdp": 2, "context": 2}])
 def test_eight_rows_at_once_and_four_times_two_agree(sizes):
     config = even_config("qwen3_vl")
     assert_same(outcome(parts_on(config, **sizes), everything(config), microbatches=4), alone("qwen3_vl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "expert": 2}])
+def test_with_experts_microbatches_agree_but_for_the_balance(sizes):
+    """The z-loss is a mean over all tokens of the batch, whatever weights they have in the loss."""
+
+    def but_balance(found):
+        return dataclasses.replace(found, sums={k: v for k, v in found.sums.items() if k != "router_balance"})
+
+    config, z = even_config("qwen3_vl_moe"), {"router_z": 0.5}
+    got = outcome(parts_on(config, **sizes), everything(config), microbatches=2, **z)
+    assert_same(but_balance(got), but_balance(alone("qwen3_vl_moe", **z)))
+
+
+@pytest.mark.slow
+def test_the_balance_of_microbatches_is_the_mean_of_theirs_by_tokens():
+    config = even_config("qwen3_vl_moe")
+    parts, batch = parts_on(config), everything(config)
+    load_of = jax.jit(lambda params, batch: parts.merge(params).hidden_and_load(batch)[1])
+    loads = [load_of(drawn(config), jax.tree.map(lambda x, half=half: x[half], batch)) for half in HALVES]
+    tokens, balances = (np.asarray(list(map(f, loads))) for f in (lambda load: load["tokens"][0], balance_loss))
+    wanted, whole = tokens @ balances / tokens.sum(), balance_loss(jax.tree.map(np.add, *loads))
+    assert tokens[0] != tokens[1] and whole < wanted - 5e-3
+    got = outcome(parts, batch, microbatches=2, router_balance=0.1).sums["router_balance"]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -136,3 +196,14 @@ def test_one_prompt_on_a_mesh_is_answered_alike(generation, sizes):
 
     wanted = answer(parts_on(config))
     np.testing.assert_allclose(answer(parts_on(config, **sizes)), wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_microbatches_stay_where_the_batch_lies():
+    """Patches too, which are split over `context` and `tensor`: of all parts together a device holds what it held."""
+    config = even_config("qwen3_vl")
+    execution = make_execution(parts_on(config, fsdp=2, context=2, tensor=2), StageConfig(name="s", steps=1))
+    shape = BatchShape(rows=8, length=64, groups=8, vision=((4, 1024),))
+    batch = abstract_batch(config, shape, execution)
+    held = jax.jit(lambda batch: microbatches(batch, 2, execution)).lower(batch).compile().memory_analysis()
+    assert held.output_size_in_bytes <= 1.01 * held.argument_size_in_bytes
+    assert held.temp_size_in_bytes <= held.argument_size_in_bytes
