@@ -99,7 +99,8 @@ def main() -> None:
     parser.add_argument("--limit", metavar="N", type=int, help="trials at most")
     options = parser.parse_args()
     found = read()
-    missing = [trial for trial in trials() if key_of(*trial) not in found]
+    # One that failed is tried again: this machine may have been short of memory.
+    missing = [trial for trial in trials() if "error" in found.get(key_of(*trial), {"error": "not tried"})]
     for flags, cell in missing[: options.limit]:
         found[key_of(flags, cell)] = measured(flags, *cell)
         partial = PATH.with_suffix(".partial")

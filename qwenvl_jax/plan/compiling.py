@@ -98,7 +98,8 @@ class Compiled:
     Attributes:
       parameters, learning: numbers of weights, of the whole model.
       state: bytes by kind: "weights", "frozen", "optimizer", "batch"; of what answers "decoder" (the weights that every
-        token is multiplied with), "experts", "others" (tower, mergers, a table of its own), "cache", "batch".
+        token is multiplied with), "experts", "tower" (mergers, too), "table" (of its own, that rows are looked up in),
+        "cache", "batch".
       arguments, temporaries, outputs, aliased, host: bytes of the compiled program; `aliased` of the outputs lie where
         arguments lay; `host` is in the host's memory. None of one for which the compiler found no memory.
       needed: bytes that a program that does not fit would take, as the compiler has it; None of one that does.

@@ -101,11 +101,12 @@ def traced_answer(request: ServeRequest, devices: list[jax.Device]) -> tuple[jax
         numbers: Any = lengths
         cache = KVCache(kept, kept, numbers, numbers)
         step = read_token.trace(graph, weights, tokens, cache, number, jax.ShapeDtypeStruct((), jnp.int32), Sampling())
-    kinds: dict[str, list[Any]] = {"decoder": [], "experts": [], "others": []}
+    kinds: dict[str, list[Any]] = {"decoder": [], "experts": [], "tower": [], "table": []}
     for key, weight in held.items():
         # A table whose rows are looked up, and not the output projection too, is hardly read.
-        read = key[0] == "text" and (key[1] != "embed" or text.tie_word_embeddings)
-        kinds["experts" if "experts" in key else "decoder" if read else "others"].append(weight)
+        looked_up = key[:2] == ("text", "embed") and not text.tie_word_embeddings
+        decoder = "experts" if "experts" in key else "table" if looked_up else "decoder"
+        kinds[decoder if key[0] == "text" else "tower"].append(weight)
     facts = {
         "parameters": sum(math.prod(weight.shape) for weight in held.values()),
         "learning": 0,

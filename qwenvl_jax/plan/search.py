@@ -8,6 +8,7 @@ from qwenvl_jax.parallel.placement import Remat
 from qwenvl_jax.plan import mesh as meshes
 from qwenvl_jax.plan.mesh import Layout
 from qwenvl_jax.plan.plan import Cell, Plan, make_plan
+from qwenvl_jax.train.config import MeshConfig
 
 # Policies, the fastest first.
 _REMATS: tuple[Remat, ...] = ("none", "products_attention", "products", "attention", "full", "offload")
@@ -40,16 +41,20 @@ def search(cell: Cell, first: Layout, tries: int, *, quick: bool, say: Callable[
     return sorted(plans, key=rank)
 
 
-def rank(plan: Plan) -> tuple[bool, float]:
-    """What plans of a cell are sorted by: what fits by its bounds, what does not by how much it is too large."""
-    return not plan.memory.fits, plan.ranked_seconds if plan.memory.fits else plan.memory.excess
+def rank(plan: Plan) -> tuple[bool, float, bool]:
+    """What plans of a cell are sorted by: what fits by its bounds, what does not by how much it is too large.
+
+    What goes to the host and back is in no bound: of two alike the one without comes first.
+    """
+    fits = plan.memory.fits
+    return not fits, plan.ranked_seconds if fits else plan.memory.excess, plan.layout.remat == "offload"
 
 
 def candidates(cell: Cell, first: Layout) -> list[Layout]:
     """Layouts to try, in this order."""
     stage, limit = cell.stage, cell.topology.hardware.hbm
     found = [
-        dataclasses.replace(layout, remat=remat)
+        dataclasses.replace(layout, mesh=_with_overrides(layout.mesh, cell.config.mesh), remat=remat)
         for layout in meshes.layouts(stage, cell.model, cell.topology)
         for remat in _REMATS
     ]
@@ -61,6 +66,13 @@ def candidates(cell: Cell, first: Layout) -> list[Layout]:
         # What is estimated to fit goes before what is not, and of that what moves least and makes least again.
         mesh = layout.mesh
         cost = layout.microbatches * (1 + 0.1 * (mesh.context - 1) ** 0.5 + 0.3 * (mesh.tensor - 1) ** 0.5)
+        cost *= 2 if layout.remat == "offload" else 1  # once fewer microbatches do not fit otherwise
         return sizes[layout] > 1, cost if sizes[layout] <= 1 else sizes[layout], _REMATS.index(layout.remat)
 
     return [first, *(layout for layout in sorted(found, key=preference) if layout != first)]
+
+
+def _with_overrides(mesh: MeshConfig, given: MeshConfig) -> MeshConfig:
+    """A mesh with the overrides of the config's, where it has none of its own for an axis."""
+    rules = dict(rule.split("=", 1) for rule in (*given.override, *mesh.override))
+    return dataclasses.replace(mesh, override=tuple(f"{axis}={target}" for axis, target in rules.items()))

@@ -29,6 +29,8 @@ CONTEXTS = (8192, 32_768, 262_144)
 # Tokens of a prompt that are not of its video, and those of one of its temporal patches: two frames of 512 by 512
 # pixels, with 16 pixels a patch.
 TEXT_TOKENS, FRAME_TOKENS = 256, 256
+# Kinds of state that are weights; see `qwenvl_jax.plan.compiling.Compiled`.
+WEIGHTS = ("decoder", "experts", "tower", "table")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +101,13 @@ class Answering:
         hardware = self.serving.topology.hardware
         state = self.token.state
         flops = step_flops(self.serving.model, self.video, ()).total
-        # Tower, mergers and what a device has of the frames are read once at least.
-        seen = state["others"] + self.prompt.state["batch"]
+        # Tower, mergers and what a device has of the frames are read once at least; of a table of its own, some rows.
+        seen = state["tower"] + self.prompt.state["batch"]
         return {
             "fits": self.fits,
             "hbm": {
                 "limit": reading.limit,
-                "weights": sum(state[kind] for kind in ("decoder", "experts", "others")),
+                "weights": sum(state[kind] for kind in WEIGHTS),
                 "cache": state["cache"],
                 "media": self.prompt.state["batch"],
                 "temporaries": {"prompt": reading.temporaries, "token": telling.temporaries},

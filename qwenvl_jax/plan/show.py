@@ -173,7 +173,7 @@ def advice(plan: Plan, *, searched: bool = False) -> str:
     if layout.remat == "full":
         tips.append("--remat offload")
     last = "a larger slice" if searched or len(tips) < 2 else "--search 8, which tries others"
-    return "; or ".join([*(tip for tip in tips if not tip.startswith(last)), last])
+    return "; or ".join(tips if any(tip.startswith(last) for tip in tips) else [*tips, last])
 
 
 def _exchange_lines(plan: Plan) -> Iterator[str]:

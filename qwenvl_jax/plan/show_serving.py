@@ -10,6 +10,7 @@ from qwenvl_jax.plan.serving import (
     CONTEXTS,
     FRAME_TOKENS,
     TEXT_TOKENS,
+    WEIGHTS,
     Answering,
     Serving,
     contexts_of,
@@ -131,7 +132,7 @@ def advice(found: Answering) -> str:
     """What to change about answers that do not fit."""
     serving, state = found.serving, found.token.state
     usable = USABLE * found.memories[0].limit
-    weights = sum(state[kind] for kind in ("decoder", "experts", "others"))
+    weights = sum(state[kind] for kind in WEIGHTS)
     if weights > usable:
         return "a larger slice, or --mesh.fsdp with --mesh.rules fsdp_tensor: the weights alone take more than that"
     if weights + state["cache"] > usable:

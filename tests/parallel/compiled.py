@@ -20,6 +20,7 @@ from qwenvl_jax.parallel.rules import BATCH_AXES, make_rules
 from qwenvl_jax.plan.assumed import Assumed
 from qwenvl_jax.plan.compiling import Compiled, Request
 from qwenvl_jax.plan.compiling import compile_step as compile_step_for
+from qwenvl_jax.plan.hlo import device_groups
 from qwenvl_jax.train.config import MeshConfig, StageConfig, TrainConfig
 from qwenvl_jax.train.program import abstract_batch, abstract_state
 from qwenvl_jax.train.program import trace_step as trace
@@ -156,31 +157,8 @@ def collectives(text: str) -> list[Collective]:
         if match is None:
             continue
         shapes = tuple(_numbers(dims) for dims in _SHAPE.findall(match["shapes"]))
-        found.append(Collective(match["kind"], shapes, tuple(_groups(match["rest"]))))
+        found.append(Collective(match["kind"], shapes, device_groups(match["rest"])))
     return found
-
-
-def _groups(text: str) -> list[tuple[int, ...]]:
-    """Replica groups: as axes of a mesh, as an iota, listed, or as pairs of a permutation."""
-    ordered = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
-    if named := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({ordered}\))? \{{([^}}]*)\}}", text):
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        sizes = [int(size) for size in axes.values()]
-        devices = _iota(named[2], named[3]) if named[2] else np.arange(math.prod(sizes))
-        places = [list(axes).index(axis) for axis in re.findall(r"'(\w+)'", named[4])]
-        groups = np.moveaxis(devices.reshape(sizes), places, range(-len(places), 0))
-        return [tuple(group) for group in groups.reshape(-1, math.prod(sizes[place] for place in places)).tolist()]
-    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={ordered}", text):
-        return [tuple(group) for group in _iota(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist()]
-    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", text):
-        return [_numbers(group) for group in re.findall(r"\{([\d, ]+)\}", listed[1])]
-    raise AssertionError(f"replica groups of an unknown form: {text[:300]}")
-
-
-def _iota(dims: str, order: str | None) -> np.ndarray:
-    """The devices in order, in this shape, its axes then in another order."""
-    devices = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-    return devices.transpose(_numbers(order)) if order else devices
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -74,7 +74,7 @@ def across_groups(program: str, mesh, features: set[int], tokens=frozenset(), wi
 # 502 merged tokens, from two rows of 1004 patches: no weight has such a size.
 VISION, FEATURES = ((2, 1004),), {502, 251, 1004, 2 * 502, 4 * 502, 8 * 502}
 # Rows of 520 tokens, on one device, on two, or those of all; parts of the width of `even_config`.
-LENGTH, TOKENS, WIDTHS = 520, {520, 260, 4 * 520, 8 * 520}, {32, 16, 8, 4}
+LENGTH, TOKENS, WIDTHS = 520, {520, 260, 4 * 260, 4 * 520, 8 * 520}, {32, 16, 8, 4}
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from qwenvl_jax.checkpoint.hf import parameter_count
+from qwenvl_jax.errors import QwenVLError
 from qwenvl_jax.plan.plan import layout_of, read_cells
 from tools import plan_flags, plan_grid
 
@@ -69,6 +70,25 @@ def test_flags_stand_beside_the_slices_on_which_they_help(no_trials):
     assert f"| 8B | S2 | v5e:16x16 | {command} | 1 |" in text
     assert f"| 8B | S2 | v5p:8x8x8 | {command} | not tried |" in text
     assert f"| 1 | `{first}` | " in text and "| 2B S1 v5e:16x16 | 100.00, 90.00 GiB | 1.000, 1.000 s |" in text
+
+
+def test_a_trial_that_failed_is_tried_again(no_trials, monkeypatch, capsys):
+    """And loses none of the others: the machine may have been short of memory."""
+    first, cell_ = plan_flags.FLAGS[0][0], plan_flags.CELLS[0]
+    figures = {"hbm": GIB, "sent": {}, "ici": 1.0}
+    no_trials.write_text(json.dumps({plan_flags.key_of("", cell_): figures}))
+    answers = iter([QwenVLError("out of memory on this machine?"), QwenVLError("again")])
+
+    def make_plan(*given, **named):
+        raise next(answers)
+
+    monkeypatch.setattr(plan_flags, "make_plan", make_plan)
+    monkeypatch.setattr("sys.argv", ["plan_flags", "--limit", "1"])
+    for reason in ("out of memory on this machine?", "again"):
+        plan_flags.main()
+        found = plan_flags.read()
+        assert found[plan_flags.key_of(first, cell_)]["error"] == reason
+        assert found[plan_flags.key_of("", cell_)] == figures
 
 
 def test_flags_are_given_to_libtpu_and_taken_back(monkeypatch):

@@ -243,6 +243,26 @@ def test_a_search_tries_the_first_layout_first_and_each_once():
         assert layout_of(again)[0] == layout
 
 
+def test_a_search_keeps_the_overrides_of_a_config():
+    """In its commands, too: they name those that a layout has beside them, and none is taken back."""
+    given = ["--mesh.override", "kv_heads=", "vision_embed="]
+    (cell,) = read_cells(S1, given, topology="v5e:16x16", model="qwen3_vl_8b")
+    found = candidates(cell, layout_of(cell)[0])[1:]
+    assert all("kv_heads=" in layout.mesh.override for layout in found)
+    assert {len(layout.mesh.override) for layout in found} == {2}
+    for layout in found[:20]:
+        arguments = [*given, *shlex.split(layout.arguments(cell.config.mesh))]
+        (again,) = read_cells(S1, arguments, topology="v5e:16x16", model="qwen3_vl_8b")
+        assert again.config.mesh == layout.mesh
+
+
+def test_of_two_alike_the_one_that_leaves_the_host_alone_comes_first():
+    plain, offloaded = plan_of(compiled()), plan_of(compiled())
+    layout = dataclasses.replace(offloaded.layout, remat="offload")
+    offloaded = dataclasses.replace(offloaded, layout=layout)
+    assert sorted([offloaded, plain], key=rank) == [plain, offloaded]
+
+
 def test_what_fits_ranks_by_its_bounds_and_what_does_not_by_its_excess():
     quick, slow = compiled(again=0), compiled(again=10**19)
     large, larger = compiled(temporaries=90 * GIB), compiled(temporaries=91 * GIB)

@@ -46,7 +46,7 @@ def compiled(**changes) -> Compiled:
     facts = {
         "parameters": 9 * 10**9,
         "learning": 0,
-        "state": {"decoder": 4 * GIB, "experts": 0, "others": GIB, "cache": 2 * GIB, "batch": 1 << 20},
+        "state": {"decoder": 4 * GIB, "experts": 0, "tower": GIB, "table": 0, "cache": 2 * GIB, "batch": 1 << 20},
         "arguments": 5 * GIB,
         "temporaries": GIB,
         "outputs": 2 * GIB,
@@ -64,7 +64,7 @@ def compiled(**changes) -> Compiled:
 
 
 def answering(name: str = "qwen3_vl_8b", topology: str = "v5e:2x4", prompt=None, token=None) -> Answering:
-    held = {"decoder": 4 * GIB, "experts": 0, "others": GIB, "cache": 2 * GIB, "batch": 0}
+    held = {"decoder": 4 * GIB, "experts": 0, "tower": GIB, "table": 0, "cache": 2 * GIB, "batch": 0}
     token = token or compiled(state=held, arguments=6 * GIB, aliased=2 * GIB, temporaries=0, flops=10**10, sent={})
     serving = make_serving(name, PRESETS[name], Topology.named(topology))
     return Answering(serving, 8192, 30, prompt or compiled(), token)
@@ -100,13 +100,14 @@ def test_what_is_planned_is_what_generate_runs(generation):
     assert planned.lower().as_text() == run.lower().as_text()
     assert facts["state"]["cache"] == held and facts["state"]["batch"] == 0
     # Tower and mergers are read for no token, nor is a table that is not the output projection too.
-    others = sum(
-        leaf.addressable_shards[0].data.nbytes
-        for path, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]
-        if "text" not in jax.tree_util.keystr(path)
-        or (not config.text.tie_word_embeddings and "embed" in jax.tree_util.keystr(path))
-    )
-    assert facts["state"]["others"] == others
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]]
+
+    def held_by(picked):
+        return sum(leaf.addressable_shards[0].data.nbytes for name, leaf in leaves if picked(name))
+
+    assert facts["state"]["tower"] == held_by(lambda name: "text" not in name)
+    apart = not config.text.tie_word_embeddings
+    assert facts["state"]["table"] == held_by(lambda name: apart and "text" in name and "embed" in name)
     assert (facts["state"]["experts"] > 0) == (config.text.moe is not None)
 
 
@@ -134,7 +135,7 @@ def test_bounds():
     assert reading["compute"] == 10**15 / (8 * 197e12) and reading["ici"] == 10 * GIB / 200e9
     assert reading["hbm"] == (5 + 2 + 2 * 1) * GIB / 819e9
     assert telling["hbm"] == 6 * GIB / 819e9 and telling["ici"] == 0
-    state = {"decoder": GIB, "experts": 8 * GIB, "others": GIB, "cache": GIB, "batch": 0}
+    state = {"decoder": GIB, "experts": 8 * GIB, "tower": GIB, "table": 0, "cache": GIB, "batch": 0}
     experts = answering("qwen3_vl_30b_a3b", token=compiled(state=state))
     assert token_bounds(experts)["hbm"] == (2 * GIB + 8 * GIB * 8 // 128) / 819e9
     # What devices hold parts of is read whole by each.
