@@ -7,7 +7,7 @@ the data, and the run's fingerprint). A run continues only from a checkpoint of 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ class CheckpointStore:
     Args:
       folder: made if missing.
       fingerprint: settings by name, as text; every checkpoint written carries it and every one read must equal it.
+      ignored: whether a setting of this name that a checkpoint has and the run has not makes no difference.
       keep: how many of the latest stay.
       keep_every: checkpoints of steps that are multiples of this stay too; 0 keeps none of them.
 
@@ -32,12 +33,18 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, folder: str | os.PathLike, *, fingerprint: Mapping[str, str], keep: int = 2, keep_every: int = 0
+        self,
+        folder: str | os.PathLike,
+        *,
+        fingerprint: Mapping[str, str],
+        keep: int = 2,
+        keep_every: int = 0,
+        ignored: Callable[[str], bool] = lambda name: False,
     ):
         # A bucket's address is no path of this machine.
         path = epath.Path(folder)
         self.folder = path if "://" in str(folder) else path.absolute()
-        self._fingerprint = dict(fingerprint)
+        self._fingerprint, self._ignored = dict(fingerprint), ignored
         # What stops a save is told here, by what raises; the threads that it stopped need not print where each was.
         logging.getLogger("absl").addFilter(_without_traceback)
         preserved = [LatestN(keep), *([EveryNSteps(keep_every)] if keep_every else [])]
@@ -139,7 +146,8 @@ class CheckpointStore:
 
     def _check(self, step: int, found: Mapping[str, str]) -> None:
         ours = self._fingerprint
-        different = [name for name in {**ours, **found} if ours.get(name) != found.get(name)]
+        names = [*ours, *(name for name in found if name not in ours and not self._ignored(name))]
+        different = [name for name in names if ours.get(name) != found.get(name)]
         if different:
             name = different[0]
             raise CheckpointError(

@@ -112,6 +112,10 @@ def knows_packets() -> bool:
     return ffmpeg_version() >= (7, 1)
 
 
+class EndedError(MediaError):
+    """ffmpeg was asked to end, as all processes of a job are where it stops: no fault of the video."""
+
+
 class Child:
     """A running ffmpeg whose messages go to a file, killed when the block is left or a limit is reached.
 
@@ -217,6 +221,7 @@ class Child:
 
         Raises:
           MediaError: ffmpeg failed, came to a limit, wrote more than it was read for, or says the file is cut short.
+          EndedError: it was asked to end.
         """
         surplus = self.stdout.read(1)
         if surplus:
@@ -248,6 +253,8 @@ class Child:
                 f"{name} took ffmpeg more than {self._cpu_limit:.0f} s of the CPU, which is the limit for its length; "
                 "re-encode it in a smaller size, such as `ffmpeg -i IN -vf scale=-2:720 OUT.mp4`."
             )
+        if code == -signal.SIGTERM or f"received signal {int(signal.SIGTERM)}" in messages:
+            raise EndedError(f"{name}: ffmpeg was ended by SIGTERM; start the same command again.")
         if _NO_MEMORY.search("\n".join(said)):
             raise MediaError(
                 f"{name} took ffmpeg more than {MEMORY_LIMIT_BYTES / 2**30:.3g} GiB of memory, which is the limit; "

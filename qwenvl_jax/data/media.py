@@ -111,7 +111,7 @@ class MediaOpener:
         except MediaError as error:
             if not isinstance(part[kind], (str, Path)) or str(error).startswith(f"{kind} "):
                 raise
-            raise MediaError(f"{kind} {part[kind]}: {error}") from error
+            raise type(error)(f"{kind} {part[kind]}: {error}") from error
 
     def _open_image(self, part: dict) -> Opened:
         config, source = self.image, part["image"]

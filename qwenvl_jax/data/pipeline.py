@@ -27,6 +27,7 @@ from qwenvl_jax.data.classes import classes_of
 from qwenvl_jax.data.collate import collate
 from qwenvl_jax.data.facts import file_state
 from qwenvl_jax.data.failure import Failure
+from qwenvl_jax.data.ffmpeg_child import EndedError
 from qwenvl_jax.data.files import is_remote, written_whole
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import Plan
@@ -147,7 +148,12 @@ class SampleCache:
         try:
             if record.fetch is not None:
                 record.fetch()
-            sample = self._processor.sample(record.messages, read=read, **record.options)
+            make = functools.partial(self._processor.sample, record.messages, read=read, **record.options)
+            try:
+                sample = make()
+            except EndedError:  # with the run, perhaps, which saves first and may want this sample for that
+                del keys[:], patches[:]
+                sample = make()
         except SourceError:  # no fault of the sample
             raise
         except (QwenVLError, OSError) as error:  # a file that has gone, too

@@ -77,7 +77,8 @@ def grouped_product(rows_PH, kernels_XHF, sizes_X):
       sizes_X: i32[X], rows of each group; their sum is at most P.
 
     Returns:
-      [P, F]; what stands in rows of no group means nothing, and they get no gradient.
+      [P, F]; what stands in rows of no group means nothing. Such rows of `rows_PH` and of the gradient have to be zero
+      where gradients are taken.
     """
     # XLA's CPU and CUDA backends multiply all rows with every group's matrix in a ragged product, the latter after it
     # has made as many copies of the rows as there are groups (JAX 0.11.2; with cuDNN's product, for the gradients).

@@ -223,8 +223,9 @@ class AdaptedParts(ModelParts):
         base = self._base(initial(), without=self._learning)
         if self.origin(base)["base"] != origin["base"]:
             raise CheckpointError(
-                "the model's own weights are not those that the run began with, beside which its adapters were learnt; "
-                "put the old ones back, or begin anew in another output folder."
+                "the model's own weights are not those that the run began with, beside which its adapters were learnt"
+                + (" (or devices of this kind quantize them otherwise)" if self.adapter.quantize != "none" else "")
+                + "; put the old ones back, or begin anew in another output folder."
             )
         return base
 

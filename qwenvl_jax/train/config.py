@@ -479,10 +479,15 @@ def fingerprint(config: TrainConfig) -> dict[str, str]:
     }
 
 
+def changes_nothing(name: str) -> bool:
+    """Whether a setting of this name is no part of a fingerprint; those that earlier versions wrote may have it."""
+    return name.rpartition(".")[2] in RUNTIME_FIELDS.union(EXECUTION_FIELDS)
+
+
 def execution_settings(config: TrainConfig) -> dict[str, str]:
     """How the stages are carried out on their devices, by dotted name, as text: it changes nothing beyond rounding.
 
-    A router's losses are those of each microbatch, so that where a stage has them, `microbatches` is not among these.
+    A router's balance is that of each microbatch, so that where a stage has it, `microbatches` is not among these.
     """
     # Of a model that is named only, nobody knows here whether it has experts.
     experts = isinstance(config.model, str) or config.model.text.moe is not None
@@ -490,5 +495,5 @@ def execution_settings(config: TrainConfig) -> dict[str, str]:
         f"stages.{index}.{name}": repr(getattr(stage, name))
         for index, stage in enumerate(config.stages)
         for name in EXECUTION_FIELDS
-        if not (name == "microbatches" and experts and (stage.router_balance or stage.router_z))
+        if not (name == "microbatches" and experts and stage.router_balance)
     }

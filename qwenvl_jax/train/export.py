@@ -41,6 +41,8 @@ def keep_facts(run: Path, shape: QwenVLConfig, processor: Processor, dtype: str)
     """
     if (run / FOLDER / "config.json").exists():
         return
+    # What an upload to a bucket left that was cut off: it ends with that file.
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
     with new_folder(run / FOLDER) as folder:
         processor.save_pretrained(folder)
         (folder / "config.json").write_text(json.dumps(hf_config.config_to_json(shape, dtype), indent=2) + "\n")
@@ -67,6 +69,11 @@ def export_step(run: str | Path, dst: str | Path, step: str = "latest") -> Path:
     Raises:
       CheckpointError: there is no such checkpoint, or it cannot be read, or `dst` cannot be written.
     """
+    if "://" in str(run):
+        raise CheckpointError(
+            f"{run} is in a bucket; copy its {FOLDER}/, config.json and checkpoints/{step} into a folder, and export "
+            "that one."
+        )
     run, dst = Path(run), Path(dst)
     number = _step_of(run, step)
     settings, shape = _settings(run), hf_config.read_config(run / FOLDER)
@@ -90,6 +97,11 @@ def export_step(run: str | Path, dst: str | Path, step: str = "latest") -> Path:
     source = record.get("source")
 
     def initial() -> Weights:
+        if "source" not in record:
+            raise CheckpointError(
+                f"the checkpoint {run / 'checkpoints' / str(number)} does not say beside which model its adapters were "
+                "learnt: an earlier version wrote it; start the run's `train` command again and take a later one."
+            )
         if source is None:
             return parts.drawn(settings["seed"])
         return Reader(source, dtype=settings["param_dtype"], mesh=parts.mesh, rules=parts.rules)

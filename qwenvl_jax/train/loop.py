@@ -8,6 +8,7 @@ would have had: weights, optimizer, random key and the place in the data are sav
 import contextlib
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from qwenvl_jax.parallel.host_memory import keep_freed_memory
 from qwenvl_jax.parallel.placement import Execution, row_share, shard_batch
 from qwenvl_jax.train import program, run_folder
 from qwenvl_jax.train.adapters import make_parts
-from qwenvl_jax.train.config import TrainConfig, execution_settings, fingerprint
+from qwenvl_jax.train.config import TrainConfig, changes_nothing, execution_settings, fingerprint
 from qwenvl_jax.train.config_file import prepared_config
 from qwenvl_jax.train.curriculum import Stage, prepare_stages
 from qwenvl_jax.train.devices import attention_notes, mesh_of
@@ -94,7 +95,8 @@ def train(
         progress = Progress(config.steps, 0, log, screen)
         run = _Run(config, folder, progress, on_step, processes, profile)
         # An error ends all processes before the store waits for those that are gone.
-        keeping = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
+        keeping: dict[str, Any] = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
+        keeping["ignored"] = changes_nothing
         with (
             progress,
             CheckpointStore(folder.checkpoints, fingerprint=run.fingerprint, **keeping) as store,
@@ -200,7 +202,6 @@ class _Run:
         devices = list(self.mesh.devices.flat)
         self.timings = TimingLog(self.out / "timings.jsonl", done, started=first_start(self.out), devices=devices)
         self.profiler.expect(done, self.config.steps)
-        self.last_step = LastStep()
         # One process tells of all.
         track = self.config.track if self.processes.index == 0 else ()
         self.trackers = Trackers(track, self.out, done, self.fingerprint, self.folder.name)
@@ -215,6 +216,7 @@ class _Run:
             tell=self.exchange.say,
             gather=self.processes.gather,
         )
+        self.last_step = LastStep()
         logs = (metrics, self.timings, self.last_step, self.trackers, self.validation, self.profiler)
         with contextlib.ExitStack() as opened, stop_signals(self.processes) as stop:
             for log in logs:
@@ -254,7 +256,7 @@ class _Run:
             metrics.sync()
             # The place in the data: how many batches of which stage were taken, and how the plan goes on.
             place = {"stage": stage.index, "batches": done - stage.begin, "plan": plan, "mesh": self._mesh_facts()}
-            place |= {"execution": self.execution, "source": self._source}
+            place |= {"execution": self.execution, "source": _whole_path(self._source)}
             self.folder.publish(self.say)
             stored = self.parts.stored(frozen)
             store.save(done, {"state": state, "frozen": stored}, place | self.parts.origin(frozen))
@@ -453,6 +455,11 @@ class _Run:
             f"done: {self.config.steps} steps; the model is in {target}, the report is {self.folder.out}/report.html"
         )
         return target
+
+
+def _whole_path(source: str | None) -> str | None:
+    """A path of this machine such that it holds from other folders too; names of a hub as they are."""
+    return os.path.abspath(source) if source and os.path.exists(source) else source
 
 
 def _others(params: Params, state: TrainState) -> Params:

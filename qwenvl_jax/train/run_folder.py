@@ -38,6 +38,7 @@ from typing import Any
 from etils import epath
 
 from qwenvl_jax.errors import ConfigError, QwenVLError, StoreError
+from qwenvl_jax.train.config import changes_nothing
 from qwenvl_jax.train.processes import Processes
 from qwenvl_jax.train.refusals import naming, refusal
 
@@ -218,7 +219,8 @@ def opened(out, processes: Processes) -> Iterator[RunFolder]:
 def _small_files(folder, above: str = "") -> Iterator[str]:
     """Names of the files of a run, those in folders (of a tracker, say) too, but for checkpoints and weights."""
     try:
-        paths = list(folder.iterdir())
+        # The file that says that a folder is whole comes last.
+        paths = sorted(folder.iterdir(), key=lambda path: path.name in _LAST)
     except FileNotFoundError:  # a bucket has no empty folders
         return
     for path in paths:
@@ -365,7 +367,7 @@ def check(folder: RunFolder, fingerprint: Mapping[str, str]) -> None:
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); choose another output folder, or remove this one.") from error
     for name in {**fingerprint, **found}:
-        unread = name.endswith(".digest") and name not in fingerprint
+        unread = name not in fingerprint and (name.endswith(".digest") or changes_nothing(name))
         if fingerprint.get(name) == found.get(name) or unread:
             continue
         if name.endswith(".digest") and name in found:
@@ -400,5 +402,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     making = target.with_name(f".{target.name}.new")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    yield making
+    try:
+        yield making
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
     os.replace(making, target)

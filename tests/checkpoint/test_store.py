@@ -198,3 +198,18 @@ def test_of_logs_only_what_tells_of_a_refused_save_is_cut(error, refused):
     one = record("asyncio", "Future exception was never retrieved", error)
     assert _no_array_of_a_save(one) == (not refused)
     assert _no_array_of_a_save(record("asyncio", "another message", error))
+
+
+def test_settings_that_make_no_difference_any_more_are_ignored(tmp_path):
+    """Earlier versions wrote them; those of the run are compared all the same."""
+    with CheckpointStore(tmp_path, fingerprint={**SETTINGS, "remat": "'full'"}) as store:
+        store.save(1, {"x": jnp.zeros(1)}, {})
+    with CheckpointStore(tmp_path, fingerprint=SETTINGS, ignored=lambda name: name == "remat") as store:
+        assert store.progress()["step"] == 1
+    other = {**SETTINGS, "remat": "'none'"}
+    for ignored in (lambda name: False, lambda name: name == "remat"):
+        with (
+            CheckpointStore(tmp_path, fingerprint=other, ignored=ignored) as store,
+            pytest.raises(CheckpointError, match="made with remat='full', this run has 'none'"),
+        ):
+            store.progress()

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwenvl_jax.data.ffmpeg_child import Child, command
+from qwenvl_jax.data.ffmpeg_child import Child, EndedError, command
 from qwenvl_jax.data.video import probe, read_frames
 from qwenvl_jax.errors import MediaError
 from tests.media import ffmpeg, numbered_frames, write_clip
@@ -55,6 +56,19 @@ def large(tmp_path_factory):
     ffmpeg(*source, "-c:v", "libx264", "-preset", "ultrafast", path)
     assert path.stat().st_size < 200_000
     return path
+
+
+def test_a_child_that_is_asked_to_end(large):
+    """It tells of no damage: the file is as good as it was."""
+    with (
+        pytest.raises(EndedError, match="ended by SIGTERM"),
+        Child(command(large, format="rawvideo"), "a.mp4") as child,
+    ):
+        assert child.stdout.read(1 << 20)
+        os.kill(child.pid, signal.SIGTERM)
+        while child.stdout.read(1 << 20):
+            pass
+        child.finish()
 
 
 def test_a_child_that_wants_too_much_memory(large, monkeypatch):

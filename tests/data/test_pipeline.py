@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from qwenvl_jax.data import pipeline
+from qwenvl_jax.data import pipeline, video
 from qwenvl_jax.data.facts import facts_digest, measure_source, processor_key
+from qwenvl_jax.data.ffmpeg_child import EndedError
 from qwenvl_jax.data.kept import Kept
 from qwenvl_jax.data.packing import BatchShape, Plan
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
@@ -303,6 +304,27 @@ def test_media_kept_on_disk(data, processor, tmp_path):
     assert load(counting).digest == first.digest
     assert len(counting.decoded) == 2
     assert list(folder.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(("times", "fails"), [(1, False), (2, True)])
+def test_an_ffmpeg_that_was_asked_to_end_is_asked_once_more(data, processor, monkeypatch, times, fails):
+    """SIGTERM comes to all processes of a job, and the run may want this batch before it stops."""
+    whole, ended = SampleCache(JsonlSource(data), processor, kept=Kept(0))[0], []
+    read = video.stream_through
+
+    def stream_through(*given):
+        if len(ended) < times:
+            ended.append(1)
+            raise EndedError("clip.mp4: ffmpeg was ended by SIGTERM; start the same command again.")
+        return read(*given)
+
+    monkeypatch.setattr(video, "stream_through", stream_through)
+    samples = SampleCache(JsonlSource(data), processor, kept=Kept(0))
+    if fails:
+        with pytest.raises(DataError, match=r"data\.jsonl:1: .*ended by SIGTERM"):
+            samples[0]
+    else:
+        assert samples[0].digest == whole.digest and len(samples[0].sample.media) == 1
 
 
 def test_a_cache_on_disk_that_cannot_be_written_costs_no_sample(data, processor, tmp_path, caplog):

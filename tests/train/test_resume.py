@@ -14,8 +14,10 @@ from safetensors.numpy import load_file
 
 from qwenvl_jax import cli
 from qwenvl_jax.checkpoint.hf import tensor_table
+from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train import run_folder
+from qwenvl_jax.train.export import keep_facts
 from qwenvl_jax.train.loop import train_command
 from qwenvl_jax.train.metrics import read_metrics
 from qwenvl_jax.train.processes import Processes
@@ -120,6 +122,30 @@ def test_goes_on_with_what_changes_only_rounding(config, whole, tmp_path):
     np.testing.assert_allclose([line["loss"] for line in after], [line["loss"] for line in before], rtol=1e-5)
 
 
+def test_settings_of_earlier_versions_that_make_no_difference_now(tmp_path):
+    with run_folder.opened(tmp_path / "run", Processes()) as folder:
+        folder.begin({"seed": "0", "stages.0.remat": "'full'", "stages.0.guard.abort_after": "9"})
+        run_folder.check(folder, {"seed": "0"})
+        with pytest.raises(ConfigError, match=r"stages\.0\.remat='full', this one has 'none'"):
+            run_folder.check(folder, {"seed": "0", "stages.0.remat": "'none'"})
+        folder.begin({"seed": "0", "stages.0.steps": "9"})
+        with pytest.raises(ConfigError, match=r"stages\.0\.steps=9, this one has None"):
+            run_folder.check(folder, {"seed": "0"})
+
+
+def test_what_an_upload_left_that_was_cut_off_is_made_again(config, tmp_path):
+    """The file that says that a folder is whole goes last, and without it nothing there counts."""
+    shape, processor = tiny_config(config.parent).model, Processor.from_pretrained(config.parent / "processor")
+    keep_facts(tmp_path, shape, processor, "float32")
+    names = sorted(path.name for path in (tmp_path / "processor").iterdir())
+    assert list(run_folder._small_files(tmp_path))[-1] == "processor/config.json"
+    (tmp_path / "processor" / "config.json").unlink()
+    (tmp_path / "processor" / "tokenizer.json").write_text("half")
+    keep_facts(tmp_path, shape, processor, "float32")
+    assert sorted(path.name for path in (tmp_path / "processor").iterdir()) == names
+    assert (tmp_path / "processor" / "tokenizer.json").read_text() != "half"
+
+
 def test_the_model_of_a_checkpoint(config, whole, tmp_path, capsys):
     """Its weights are those of the checkpoint; of the last one, every file is that of the run's model."""
     assert cli.main(["export", str(whole), str(tmp_path / "last"), "--step", "latest"]) == 0
@@ -152,6 +178,7 @@ def test_a_checkpoint_that_is_not_there_is_told(whole, tmp_path, capsys):
         (whole, ("--step", "5"), "has no checkpoint of step 5; there are those of 6, 8"),
         (whole / "model", ("--step", "latest"), "holds no checkpoint of a training run"),
         (whole, ("--step", "6", "--verify"), "leave it out with --step"),
+        ("gs://bucket/run", ("--step", "6"), "copy its processor/, config.json and checkpoints/6 into a folder"),
     ):
         assert cli.main(["export", str(run), out, *more]) == 2
         assert told in capsys.readouterr().err
