@@ -32,13 +32,17 @@ def test_equals_the_table_s_rows_and_holds_nobody_else_s(table, sizes, rows):
     tokens = rng.integers(0, V, (rows, T)).astype(np.int32)
     weights = rng.normal(size=(rows, T, H)).astype(np.float32)
 
-    def loss(vectors, tokens):
+    def loss(vectors, tokens, weights):
         x_BTH = embed_tokens(vectors, tokens, jnp.bfloat16, execution)
         return jnp.sum(x_BTH.astype(jnp.float32) * weights), x_BTH
 
     placed = [
         jax.device_put(x, NamedSharding(execution.mesh, execution.fitting_spec(x.shape, *axes)))
-        for x, axes in ((vectors, ("vocab", "embed")), (tokens, ("batch", "tokens")))
+        for x, axes in (
+            (vectors, ("vocab", "embed")),
+            (tokens, ("batch", "tokens")),
+            (weights, ("batch", "tokens", None)),
+        )
     ]
     run = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*placed).compile()
     (_, x_BTH), gradient = run(*placed)
