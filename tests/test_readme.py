@@ -104,8 +104,10 @@ def guide_commands(tiny_checkpoint, clip, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_guide_trains(guide_commands, tmp_path, optax_promotes):
-    """The guide's record, config and small command, as they stand."""
+def test_guide_trains(guide_commands, tmp_path, run_ffmpeg, optax_promotes):
+    """The guide's record, config and small command, as they stand, on a video as cameras make them."""
+    source = "testsrc=size=1280x720:rate=10:duration=10"
+    run_ffmpeg("-f", "lavfi", "-i", source, "-pix_fmt", "yuv420p", "-preset", "ultrafast", tmp_path / "clip.mp4")
     assert cli.main(guide_commands["runs/try"]) == 0
     assert len((tmp_path / "runs/try/metrics.jsonl").read_text().splitlines()) == 4
     assert (tmp_path / "runs/try/model/config.json").is_file()

@@ -104,7 +104,7 @@ def measure_each(
 
 
 def _check_known(source: Source, processor_key: str, known: Mapping[str, list], at_most: int) -> None:
-    missing = 0
+    missing, brought = 0, False
     for index in range(len(source)):
         try:
             record = source[index]
@@ -115,11 +115,20 @@ def _check_known(source: Source, processor_key: str, known: Mapping[str, list], 
         key = sample_key(record, processor_key)
         if not key or (key not in known and (record.known is None or record.known[0] != key)):
             missing += 1
+            brought |= record.known is not None
         if missing > at_most:
+            # To build anew what was built brings the same facts again.
+            remedy = (
+                "those that `qwenvl-jax data build` left are of the processor that it was given (--model) and of the "
+                "records as they stand, of which data.video_budget, data.frame_rates, data.hms_share and "
+                "data.max_image_tokens make others: raise it to have them measured here, once"
+                if brought
+                else "let `qwenvl-jax data build` measure them once (on a cluster with --beam) and train on the folder "
+                "that it makes, or raise it"
+            )
             raise DataError(
                 f"of {len(source):,} samples more than data.measure_at_most={at_most} have no facts by which steps are "
-                "planned, or none that hold for this processor and these settings; let `qwenvl-jax data build` measure "
-                "them once (on a cluster with --beam) and train on the folder that it makes, or raise it."
+                f"planned, or none that hold for this processor and these settings; {remedy}."
             )
 
 

@@ -203,7 +203,8 @@ def save(model: QwenVL, out_dir: str | Path, *, max_shard_bytes: int = tensors.M
       max_shard_bytes: above this the weights go to several files with an index.
 
     Raises:
-      CheckpointError: the folder cannot be written, or the shape cannot be said in the public layout.
+      CheckpointError: the folder cannot be written, or is in the native layout, or the shape cannot be said in the
+        public one.
     """
     values = {_dotted(key): variable.get_value() for key, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     paths = {entry.path for entry in hf.tensor_table(model.config)}
@@ -241,6 +242,12 @@ def write(
     Raises:
       CheckpointError: see `save`.
     """
+    if native.is_native(Path(out_dir)):
+        # What would be loaded again is that layout, with the weights that it had.
+        raise CheckpointError(
+            f"{out_dir} is in the native layout, into which no model is saved; save into another folder, which "
+            "`qwenvl-jax convert` then makes native."
+        )
     table = hf.tensor_table(config)
     entries = {name: (entry, layer) for entry in table for name, layer in _layers(entry)}
 

@@ -154,7 +154,7 @@ class _Run:
         self.processor = Processor.from_pretrained(origin)
         self.say(f"tokenizer and preprocessor settings are those of {origin}")
         shape = config.model if isinstance(config.model, QwenVLConfig) else _shape_of(config.model)
-        _check_ids(shape, self.processor)
+        _check_processor(shape, self.processor)
         self.parts = make_parts(config, shape, self.mesh, self.rules)
         for stage in config.stages:  # what they say of weights has to fit this model
             program.optimizer_of(self.parts, stage)
@@ -471,8 +471,29 @@ def _shape_of(name: str) -> QwenVLConfig:
     return source.read_config(folders.resolve(name))[0]
 
 
-def _check_ids(shape: QwenVLConfig, processor: Processor) -> None:
-    """Refuses a tokenizer that is not the model's: its marks have other ids, or ids that the model has no row for."""
+def _check_processor(shape: QwenVLConfig, processor: Processor) -> None:
+    """Refuses a processor that is not the model's.
+
+    It is that of another generation, cuts patches of another size, or its tokenizer's marks have other ids, or ids that
+    the model has no row for.
+    """
+    kinds = processor.generation.model_types
+    if shape.model_type not in kinds:
+        raise ConfigError(
+            f"the model is a {shape.model_type}, but the processor is that of {' and '.join(kinds)}; give the model's "
+            "own, as --processor NAME-OR-FOLDER."
+        )
+    vision = shape.vision
+    for what, given, read in (
+        ("values in a patch", processor.patch_dim, vision.patch_dim),
+        ("patches to the side of a merged token", processor.merge_size, vision.spatial_merge_size),
+        ("merged tokens to the side of a window", processor.window, vision.window_cells),
+    ):
+        if given != read:
+            raise ConfigError(
+                f"the processor has {given} {what}, the model {read}; give the model's own, as --processor "
+                "NAME-OR-FOLDER."
+            )
     for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
         if getattr(shape, name) != getattr(processor, name):
             raise ConfigError(

@@ -27,6 +27,7 @@ from qwenvl_jax.convert.to_native import convert
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import CheckpointError, ConfigError
 from qwenvl_jax.models import pretrained
+from qwenvl_jax.models.qwenvl import QwenVL
 from tests.checkpoint.shape import TINY, random_model
 from tests.checkpoint.test_tensors import SPREAD
 from tests.convert.conftest import contents
@@ -82,6 +83,17 @@ def test_loads_like_its_source(public, undisturbed):
     one, two = (dict(nnx.to_flat_state(nnx.state(model, nnx.Param))) for model in (one, two))
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[key].get_value(), two[key].get_value()) for key in one)
+
+
+def test_no_model_is_saved_beside_native_weights(tiny_checkpoint, tmp_path):
+    """They are what the folder would be loaded from."""
+    convert(tiny_checkpoint, tmp_path / "native")
+    model = QwenVL.from_pretrained(tmp_path / "native", dtype="float32")
+    before = sorted(path.name for path in (tmp_path / "native").rglob("*"))
+    with pytest.raises(CheckpointError, match=r"native is in the native layout, .*save into another folder"):
+        model.save_pretrained(tmp_path / "native")
+    assert sorted(path.name for path in (tmp_path / "native").rglob("*")) == before
+    model.save_pretrained(tmp_path / "other")
 
 
 def test_the_processor_is_read_from_a_native_folder(tiny_checkpoint, tmp_path):

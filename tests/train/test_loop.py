@@ -179,6 +179,17 @@ def test_settings_that_do_not_go_together(folder, tmp_path):
     shape = config.model
     with pytest.raises(ConfigError, match="image_token_id"):
         train(dataclasses.replace(config, model=dataclasses.replace(shape, image_token_id=3)), tmp_path / "a")
+    older = dataclasses.replace(shape, model_type="qwen2_5_vl")
+    with pytest.raises(ConfigError, match="a qwen2_5_vl, but the processor is that of qwen3_vl and qwen3_vl_moe"):
+        train(dataclasses.replace(config, model=older), tmp_path / "a")
+    for name, value, refused in (
+        ("temporal_patch_size", 1, r"\d+ values in a patch, the model \d+;"),
+        ("spatial_merge_size", 1, "2 patches to the side of a merged token, the model 1;"),
+        ("window_size", 112, r"0 merged tokens to the side of a window, the model \d+;"),
+    ):
+        other = dataclasses.replace(shape, vision=dataclasses.replace(shape.vision, **{name: value}))
+        with pytest.raises(ConfigError, match=f"the processor has {refused}"):
+            train(dataclasses.replace(config, model=other), tmp_path / "a")
     small = dataclasses.replace(shape, text=dataclasses.replace(shape.text, vocab_size=100))
     with pytest.raises(ConfigError, match="vocab_size=100 is smaller than the tokenizer"):
         train(dataclasses.replace(config, model=small), tmp_path / "b")
