@@ -123,7 +123,8 @@ def collate(
       length: token slots in a row; the longest row without it.
       groups: vision groups, dividing the number of rows.
       vision_shape: (rows, patches in a row) of each bucket, for each group alike; chosen to fit without it.
-      vision_multiple: of which the rows of a chosen shape are, for devices that share those of a group.
+      vision_multiple: of which the rows of each bucket are, for devices that share those of a group; rows beyond the
+        shape's stay empty, so that frames stand where they would without it.
       merge_size: patches to the side of a merged token.
       patch_dim: bytes in a patch; needed where `vision_shape` is given and no sample may have media.
       window: side of an attention window of the tower, in merged tokens; 0 for a tower without windows.
@@ -144,19 +145,16 @@ def collate(
     per_group = len(rows) // groups
     frames_by_group = [_frames([s for row in rows[g * per_group :][:per_group] for s in row]) for g in range(groups)]
     lengths = [[len(frame.patches) for frame in frames] for frames in frames_by_group]
-    if vision_shape is None:
-        chosen = choose_vision_shape(lengths)
-        shape = tuple((-(-count // vision_multiple) * vision_multiple, patches) for count, patches in chosen)
-    else:
-        shape = tuple(vision_shape)
-    _check_shape(shape, merge_size)
+    laid = choose_vision_shape(lengths) if vision_shape is None else tuple(vision_shape)
+    _check_shape(laid, merge_size)
+    shape = tuple((-(-count // vision_multiple) * vision_multiple, patches) for count, patches in laid)
     places: list[list[Place]] = []
     for g, one in enumerate(lengths):
-        placed = place_frames(one, shape)
+        placed = place_frames(one, laid)
         if placed is None:
             raise DataError(
                 f"the {len(lengths[g])} frames of group {g} (longest {max(lengths[g])} patches, {sum(lengths[g])} in "
-                f"all) do not fit vision_shape={list(shape)} of (rows, patches); enlarge it or lower max_pixels."
+                f"all) do not fit vision_shape={list(laid)} of (rows, patches); enlarge it or lower max_pixels."
             )
         places.append(placed)
     vision = _vision_rows(frames_by_group, places, shape, pixel_table, merge_size, patch_dim, window)

@@ -224,6 +224,8 @@ class BatchLoader:
       samples: the data.
       processor: that makes the samples.
       host, hosts: number of this host, from 0, and how many there are.
+      vision_multiple: of which the vision rows of each bucket of a group are in the batches, for devices that share
+        them: the plan's, and empty ones. What stands in the others does not depend on it.
 
     Attributes:
       classes: of the samples, in the order of their numbers in `Batch.classes`, which count from 1.
@@ -232,7 +234,16 @@ class BatchLoader:
       ConfigError: vision rows that do not hold whole merged tokens; rows or groups that do not divide among the hosts.
     """
 
-    def __init__(self, plan: Plan, samples: SampleCache, processor, *, host: int = 0, hosts: int = 1):
+    def __init__(
+        self,
+        plan: Plan,
+        samples: SampleCache,
+        processor,
+        *,
+        host: int = 0,
+        hosts: int = 1,
+        vision_multiple: int = 1,
+    ):
         if not 0 <= host < hosts:
             raise ConfigError(f"host={host} must be from 0 to {hosts - 1}, since there are hosts={hosts}.")
         for name in ("rows", "groups"):
@@ -246,7 +257,7 @@ class BatchLoader:
         self.plan, self.samples = plan, samples
         self.classes, self._class_of = classes_of(plan)
         names = ("pixel_table", "merge_size", "pad_token_id", "patch_dim", "window")
-        self._fixed = {name: getattr(processor, name) for name in names}
+        self._fixed = {name: getattr(processor, name) for name in names} | {"vision_multiple": vision_multiple}
         block = processor.merge_size**2
         if any(length % block for _, length in plan.shape.buckets):
             raise ConfigError(f"batch.vision={plan.shape.vision}: patches in a row must be a multiple of {block}.")

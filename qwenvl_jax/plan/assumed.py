@@ -37,7 +37,7 @@ def assume(stage: StageConfig, model: QwenVLConfig, *, multiple: int = 1) -> Ass
 
     Args:
       model: its shape.
-      multiple: of which the vision rows of a group are, as in `qwenvl_jax.train.devices.with_vision_rows`.
+      multiple: of which the vision rows of a group are, as in `qwenvl_jax.train.curriculum.prepare_stages`.
     """
     shape, merge = stage.batch, model.vision.spatial_merge_size**2
     notes = [f"each row is one sample of {shape.length:,} tokens"]

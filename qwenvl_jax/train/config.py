@@ -48,6 +48,14 @@ EXECUTION_FIELDS = ("remat", "unroll", "attention", "loss_chunk", "microbatches"
 PARTS = {"vision": ("vision",), "mergers": ("merger", "deepstack"), "text": ("text",)}
 
 
+def _check_words(config, prefix: str, *fields: str) -> None:
+    """Refuses a setting that is none of the words of its type: Python does not check them in a config file."""
+    for field in fields:
+        words = get_args(get_type_hints(type(config))[field])
+        if getattr(config, field) not in words:
+            raise ConfigError(f"{prefix}{field}={getattr(config, field)!r} is not one of {', '.join(words)}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the samples of a stage come from and how they are read.
@@ -108,6 +116,7 @@ class DataConfig:
     measure_at_most: int = MEASURE_AT_MOST
 
     def __post_init__(self):
+        _check_words(self, "data.", "weigh_by")
         if not self.worker_timeout > 0:
             raise ConfigError(f"data.worker_timeout={self.worker_timeout} must be more than 0 seconds.")
         if not 0 <= self.max_failed <= 1:
@@ -193,10 +202,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        for field in ("name", "schedule", "decay_shape"):
-            kinds = get_args(get_type_hints(OptimizerConfig)[field])
-            if getattr(self, field) not in kinds:
-                raise ConfigError(f"optimizer.{field}={getattr(self, field)!r} is not one of {', '.join(kinds)}.")
+        _check_words(self, "optimizer.", "name", "schedule", "decay_shape")
         for field, (bound, holds) in _OPTIMIZER_BOUNDS.items():
             if not holds(getattr(self, field)):
                 raise ConfigError(f"optimizer.{field}={getattr(self, field)} must be {bound}.")
@@ -321,6 +327,7 @@ class StageConfig:
     attention: Backend = "auto"
 
     def __post_init__(self):
+        _check_words(self, f"stage {self.name}: ", "loss")
         least = {"steps": 1, "loss_chunk": 1, "microbatches": 1, "router_balance": 0, "router_z": 0}
         for field, bound in least.items():
             if not getattr(self, field) >= bound:
@@ -361,8 +368,7 @@ class AdapterConfig:
             raise ConfigError(f"adapter.alpha={self.alpha} must be above 0.")
         if self.tile_size < 1:
             raise ConfigError(f"adapter.tile_size={self.tile_size} must be at least 1.")
-        if self.quantize not in get_args(Storage):
-            raise ConfigError(f"adapter.quantize={self.quantize!r} is not one of {', '.join(get_args(Storage))}.")
+        _check_words(self, "adapter.", "quantize")
         for name in ("targets", "modules_to_save"):
             try:
                 re.compile(getattr(self, name))
@@ -430,6 +436,7 @@ class TrainConfig:
     adapter: AdapterConfig = AdapterConfig()
 
     def __post_init__(self):
+        _check_words(self, "", "dtype", "param_dtype")
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"stages must be at least one, each with a name of its own; got {names}.")

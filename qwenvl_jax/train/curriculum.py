@@ -23,7 +23,6 @@ from qwenvl_jax.data.packing import AUTO, Plan, fill, misfit
 from qwenvl_jax.data.pipeline import BatchLoader, SampleCache, batches
 from qwenvl_jax.errors import ConfigError, DataError
 from qwenvl_jax.train.config import StageConfig, TrainConfig
-from qwenvl_jax.train.devices import with_vision_rows
 from qwenvl_jax.train.quarantine import FILE
 
 _LOOKED_AT = 20  # steps whose fill is told
@@ -107,7 +106,8 @@ def prepare_stages(
     Samples that are malformed, or can never fit the stage's batches, are left out, as long as they are few.
 
     Args:
-      vision_rows_multiple: what the vision rows of a group are a multiple of, where a stage leaves them open.
+      vision_rows_multiple: what the vision rows of a group are a multiple of in batches, some of them empty. Samples
+        are laid into the others: what a batch holds does not depend on the mesh.
       host, hosts: which part of each batch is made here; see `qwenvl_jax.data.pipeline.BatchLoader`.
 
     Raises:
@@ -145,13 +145,13 @@ def prepare_stages(
             }
             merge = processor.merge_size**2
             shape = with_buckets(stage.batch, mixture.facts, merge=merge, **drawing)
-            shape = with_vision_rows(shape, vision_rows_multiple)
             plan = Plan(mixture.facts, shape, window=data.window, shuffle=data.shuffle, steps=stage.steps, **drawing)
             room = kept.setdefault(data.cache_bytes, Kept(data.cache_bytes))
             fetching = processor.fetching(data.remote_media)
             samples = SampleCache(mixture.source, fetching, kept=room, folder=data.cache_dir, processor_key=key)
-            loader = BatchLoader(plan, samples, processor, host=host, hosts=hosts)
-            told = list(_described(stage, mixture, plan))
+            placed = {"host": host, "hosts": hosts, "vision_multiple": vision_rows_multiple}
+            loader = BatchLoader(plan, samples, processor, **placed)
+            told = list(_described(stage, mixture, plan, vision_rows_multiple))
         except DataError as error:
             raise DataError(f"stage {stage.name}: {error}") from error
         except ConfigError as error:
@@ -168,7 +168,7 @@ def _say_of(stage: StageConfig, say: Callable[[str], None], line: str) -> None:
     say(f"{stage.name}: {line}")
 
 
-def _described(stage: StageConfig, mixture: Mixture, plan: Plan) -> Iterator[str]:
+def _described(stage: StageConfig, mixture: Mixture, plan: Plan, multiple: int) -> Iterator[str]:
     """What a user should know of the data of a stage, line by line.
 
     Raises:
@@ -183,7 +183,9 @@ def _described(stage: StageConfig, mixture: Mixture, plan: Plan) -> Iterator[str
         left_out = f"{len(mixture.failures)} of {mixture.samples} samples are left out"
         yield f"{left_out}, see {FILE}; the first: {mixture.failures[0].reason}"
     if stage.batch.vision == AUTO:
-        yield f"vision rows chosen for the data: batch.vision={plan.shape.vision}"
+        empty = any(rows % multiple for rows, _ in plan.shape.buckets)
+        rounded = f", and empty rows up to a multiple of {multiple} for this mesh" if empty else ""
+        yield f"vision rows chosen for the data: batch.vision={plan.shape.vision}{rounded}"
     of_tokens, of_patches = fill(plan, range(min(stage.steps, _LOOKED_AT)))
     slots = plan.shape.rows * plan.shape.length
     means = [np.mean([facts[entry].tokens for entry in part.entries.flat]) for part in mixture.parts]

@@ -1,12 +1,11 @@
 """The devices of a run: its mesh, and whether the batches of its stages can be shared among them."""
 
-import dataclasses
 import math
 
 import jax
 from jax.sharding import Mesh
 
-from qwenvl_jax.data.packing import AUTO, BatchShape
+from qwenvl_jax.data.packing import AUTO
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.ops.row_attention import splash_multiple
 from qwenvl_jax.ops.splash import LANES
@@ -88,11 +87,3 @@ def _check_batch(stage: StageConfig, execution: Execution) -> None:
             f"stage {stage.name}: batch.vision={shape.vision} must have multiples of {spread} rows, since so many "
             'devices (mesh.context * mesh.tensor) share those of a group; change them, or write "auto".'
         )
-
-
-def with_vision_rows(shape: BatchShape, multiple: int) -> BatchShape:
-    """A batch shape with its vision rows rounded up to a multiple."""
-    if shape.vision == AUTO:
-        return shape
-    vision = tuple((-(-rows // multiple) * multiple, length) for rows, length in shape.buckets)
-    return dataclasses.replace(shape, vision=vision)

@@ -240,7 +240,8 @@ class _Run:
                 with contextlib.closing(whole) as batches:
                     state, done = self._run_stage(stage, batches, state, frozen, done, store, metrics, stop)
                 params = frozen | state.params
-        store.wait()
+            # A second signal is the same wish until what the first one asked for is on disk.
+            store.wait()
         if done < self.config.steps or self.validation.due(self.stages[-1], done):
             self.say(f"stopped after step {done} of {self.config.steps}; the same command continues")
             return RunResult(self.folder.out, done, self.config.steps, None)

@@ -5,6 +5,7 @@ every stage. Values are read by tyro, by the type of the setting; paths make dat
 `--validation.data held.jsonl`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -52,7 +53,7 @@ def _pairs(arguments: Sequence[str]):
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            pairs.append((name.replace("-", "_"), [value] if equals else []))
+            pairs.append((name, [value] if equals else []))
         elif pairs:
             pairs[-1][1].append(argument)
         else:
@@ -63,6 +64,9 @@ def _pairs(arguments: Sequence[str]):
 def _targets(config: TrainConfig, name: str) -> list[tuple[str, ...]]:
     """The places that a name means: one, or one in each stage."""
     known = {path: steps for steps in _paths(config) for path in _spellings(config, steps)}
+    short = {path.split(".", 2)[2] for path in known if path.startswith("stages.")}
+    # Dashes may stand for underscores; in the names of stages and data sets both may be meant.
+    name = name if name in {*known, *short} else _undashed({*known, *short}).get(name.replace("-", "_"), name)
     if name in known:
         return [known[name]]
     everywhere = [
@@ -70,9 +74,14 @@ def _targets(config: TrainConfig, name: str) -> list[tuple[str, ...]]:
     ]
     if everywhere:
         return everywhere
-    short = {path.split(".", 2)[2] for path in known if path.startswith("stages.")}
     nearest = difflib.get_close_matches(name, [*known, *short], n=1, cutoff=0.0)
     raise ConfigError(f"unknown setting --{name}; did you mean --{nearest[0]}?")
+
+
+def _undashed(names: set[str]) -> dict[str, str]:
+    """Names by what they are with underscores for dashes, where that is one name's alone."""
+    counts = collections.Counter(name.replace("-", "_") for name in names)
+    return {one: name for name in names if counts[one := name.replace("-", "_")] == 1}
 
 
 def _paths(node, prefix: tuple[str, ...] = ()):

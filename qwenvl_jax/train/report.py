@@ -225,7 +225,9 @@ def _draw_curve(panel: "Axes", curve: _Curve, colour: str, *, alone: bool) -> No
     window = max(1, len(values) // _SMOOTH)
     panel.plot(steps, values, color=PALE if alone else colour, linewidth=0.8, alpha=1 if alone else 0.25, zorder=1)
     middle = steps[(window - 1) // 2 : len(steps) - window // 2]
-    panel.plot(middle, moving_mean(values, window), color=colour, linewidth=1.6, zorder=2, label=curve.name)
+    mark = "o" if len(values) == 1 else ""  # no line goes through one point
+    mean = moving_mean(values, window)
+    panel.plot(middle, mean, color=colour, linewidth=1.6, marker=mark, markersize=3.5, zorder=2, label=curve.name)
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

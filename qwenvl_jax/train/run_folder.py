@@ -162,7 +162,7 @@ class RunFolder:
             with new_folder(self.local / name) as folder:
                 yield folder
             return
-        with tempfile.TemporaryDirectory(dir=self.local) as making:
+        with tempfile.TemporaryDirectory(dir=self.local, prefix=".") as making:  # no small file of the run
             folder = Path(making)
             yield folder
             if self.writes:

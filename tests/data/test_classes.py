@@ -39,6 +39,30 @@ def test_of_a_mixture(mixed_folder):
     assert set(np.unique(classes)) == {0, 1, 2, 3}
 
 
+def test_batches_are_the_same_on_every_mesh(mixed_folder):
+    """Rows that round up those of a group for its devices stay empty: samples are packed and placed without them."""
+    config = mixed_config(mixed_folder)
+    shape = dataclasses.replace(config.stages[0].batch, vision="auto")
+    config = dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], batch=shape),))
+    processor, said = Processor.from_pretrained(config.processor), []
+    (alone,) = prepare_stages(config, processor, lambda line: None)
+    (shared,) = prepare_stages(config, processor, said.append, vision_rows_multiple=7)
+    (chosen,) = {stage.loader.plan.shape.vision for stage in (alone, shared)}
+    assert any(rows % 7 for rows, _ in chosen)
+    assert any(line.endswith("empty rows up to a multiple of 7 for this mesh") for line in said)
+    for step in range(3):
+        one, other = alone.loader(step), shared.loader(step)
+        assert (one.hash, one.tokens) == (other.hash, other.tokens)
+        for name in ("tokens", "positions", "segment_ids", "targets", "classes"):
+            np.testing.assert_array_equal(getattr(one.batch, name), getattr(other.batch, name))
+        assert (one.batch.vision_index < 0).tolist() == (other.batch.vision_index < 0).tolist()
+        for (rows, _), few, many in zip(chosen, one.batch.vision, other.batch.vision, strict=True):
+            assert few.patches.shape[1] == rows and many.patches.shape[1] == -(-rows // 7) * 7
+            np.testing.assert_array_equal(few.patches, many.patches[:, :rows])
+            np.testing.assert_array_equal(few.segment_ids, many.segment_ids[:, :rows])
+            assert not many.segment_ids[:, rows:].any()
+
+
 def test_of_a_single_data_set(mixed_folder):
     """The records of one file are told apart by what they show."""
     config = mixed_config(mixed_folder)

@@ -5,7 +5,8 @@
 MOMENT: `SIGKILL:step:5` when the fifth line of the metrics is written; `SIGKILL:save:2` while the second checkpoint of
 this process is being written, after its arrays and before it is whole; `SIGKILL:export:1` when the model is written but
 not yet in its place; `SIGKILL:batch:3` at the third batch that the model is judged by, `SIGKILL:token:9` at the ninth
-token of answers, the first of each left out. SIGTERM likewise, and it is heard before the run goes on.
+token of answers, the first of each left out. SIGTERM likewise, and it is heard before the run goes on; `SIGTERM:again:5` comes
+a second time while what the first one asked for is written.
 `SIGKILL:step:5:1` does so in process 1 of several alone.
 """
 
@@ -48,6 +49,17 @@ def main(moment: str, *arguments: str) -> int:
 
     if kind == "step":
         after(metrics.MetricsLog, "flush")
+    elif kind == "again":
+        after(metrics.MetricsLog, "flush")
+        finalize = ocp.StandardCheckpointHandler.finalize
+
+        def finalize_with_signal(*arguments, **keywords):
+            finalize(*arguments, **keywords)
+            if count >= int(number):
+                os.kill(os.getpid(), signal.Signals[name])
+                time.sleep(1)
+
+        ocp.StandardCheckpointHandler.finalize = finalize_with_signal
     elif kind == "save":
         after(ocp.StandardCheckpointHandler, "finalize")
     elif kind == "batch":

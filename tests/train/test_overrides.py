@@ -14,6 +14,7 @@ from qwenvl_jax.train.config import (
     DataConfig,
     StageConfig,
     TrainConfig,
+    ValidationConfig,
     execution_settings,
     fingerprint,
     flat,
@@ -61,6 +62,40 @@ def changed(*arguments: str) -> dict:
 )
 def test_overrides(arguments, difference):
     assert changed(*arguments.split()) == difference
+
+
+def test_names_with_dashes():
+    """Dashes stand for underscores, but stages and data sets are called as they are called."""
+    judged = ValidationConfig(data=(MixturePart("held-out", "a.jsonl"),))
+    stages = (StageConfig("warm-up", 3, validation=judged), StageConfig("warm_down", 5, validation=judged))
+    config = dataclasses.replace(CONFIG, stages=stages)
+    told = ["--validation.data.held-out.max-samples", "7", "--stages.warm-up.loss-chunk=9", "--checkpoint-every", "4"]
+    first, second = (given := apply_overrides(config, [*told, "--stages.warm-down.steps", "8"])).stages
+    assert [stage.validation.data[0].max_samples for stage in (first, second)] == [7, 7]
+    assert (first.loss_chunk, second.steps, given.checkpoint_every) == (9, 8, 4)
+    with pytest.raises(ConfigError, match=r"unknown setting --stages\.warm-up\.stepps; did you mean --stages\.warm-up"):
+        apply_overrides(config, ["--stages.warm-up.stepps", "8"])
+    # Two that differ in nothing else are told apart by what they are called.
+    alike = dataclasses.replace(config, stages=(stages[0], dataclasses.replace(stages[1], name="warm_up")))
+    assert [s.steps for s in apply_overrides(alike, ["--stages.warm_up.steps", "8"]).stages] == [3, 8]
+    assert [s.steps for s in apply_overrides(alike, ["--stages.warm-up.steps", "8"]).stages] == [8, 5]
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (
+            lambda: StageConfig("s", 1, loss="token_mean"),
+            "stage s: loss='token_mean' is not one of token, sample, sqrt",
+        ),
+        (lambda: DataConfig(weigh_by="token"), "data.weigh_by='token' is not one of samples, tokens"),
+        (lambda: dataclasses.replace(CONFIG, dtype="bf16"), "dtype='bf16' is not one of float32, bfloat16"),
+        (lambda: dataclasses.replace(CONFIG, param_dtype="half"), "param_dtype='half' is not one of float32, bfloat16"),
+    ],
+)
+def test_words_of_a_config_file_are_checked(make, told):
+    with pytest.raises(ConfigError, match=told):
+        make()
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,16 @@ def test_nothing_is_outside_and_nothing_breaks_out(page):
     assert max(len(path.split()) for path in re.findall(r'd="(M [^"]*)"', page)) < 4000
 
 
+def test_a_run_of_one_step_shows_it(tmp_path):
+    """No line goes through one point: it has a mark."""
+    out = write_run(tmp_path / "one", bare=True)
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        (out / name).write_text((out / name).read_text().splitlines(keepends=True)[0])
+    page = write_report(out).read_text()
+    marks = re.findall(r'<use [^>]*style="fill: ', page)
+    assert len(marks) == len(re.findall(r"<h3>", page)) == 4
+
+
 def test_a_run_with_nothing_special(tmp_path):
     """Three steps, no validation, no mixture: no empty plots."""
     out = write_run(tmp_path / "runs" / "bare", bare=True)

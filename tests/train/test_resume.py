@@ -79,10 +79,14 @@ def test_killed_at_any_moment(config, whole, moment):
 
 
 @pytest.mark.slow
-def test_stopped_and_continued(config, whole):
-    """SIGTERM: the step is finished, a checkpoint of it written, and the same command goes on."""
-    out = config.parent / "stopped"
-    stopped = killed("SIGTERM:step:1", config, out)
+@pytest.mark.parametrize("moment", ["step:1", "again:1"])
+def test_stopped_and_continued(config, whole, moment):
+    """SIGTERM: the step is finished, a checkpoint of it written, and the same command goes on.
+
+    A machine that shuts down sends it once more, while the checkpoint is written: it is whole all the same.
+    """
+    out = config.parent / f"stopped-{moment[:4]}"
+    stopped = killed(f"SIGTERM:{moment}", config, out)
     assert stopped.returncode == 130, stopped.stderr
     assert "the same command continues" in stopped.stderr
     steps = len(read_metrics(out / "metrics.jsonl"))
