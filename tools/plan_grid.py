@@ -82,7 +82,7 @@ def smallest(generation: str, *, quick: bool) -> dict[str, Any]:
             layout, _ = layout_of(cell)
         except ConfigError:  # its devices are no divisor of the batch
             continue
-        estimated = estimate(layout, cell.stage, cell.model, cell.topology, cell.param_bytes)
+        estimated = estimate(layout, cell.stage, cell.model, cell.topology, cell.param_bytes, adapters=cell.adapters)
         if estimated > USABLE * cell.topology.hardware.hbm:
             continue
         print(f"{name}: estimated at {estimated / _GIB:.1f} GiB, compiling ...", flush=True)

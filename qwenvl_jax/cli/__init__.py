@@ -244,7 +244,7 @@ def _add_plan(commands) -> None:
     parser = commands.add_parser(
         "plan",
         help="what a stage takes on a TPU slice, compiled without having one",
-        usage=f"{PROG} plan CONFIG --topology SLICE [--model NAME] [--stage NAME] [--json] [--quick] [--search N] "
+        usage=f"{PROG} plan CONFIG --topology SLICE [--model NAME] [--stage NAME] [--json] [--quick] [--search [N]] "
         "[--slices N] [--key value ...]\n"
         f"       {PROG} plan MODEL --serve --topology SLICE [--context N ...] [--rows N] [--mesh.AXIS N ...] [--json] "
         "[--quick]",
@@ -269,7 +269,15 @@ told. Exit status 1 means that a stage does not fit.""",
     parser.add_argument("--stage", metavar="NAME", help="of the config's stages the one of this name; default: all")
     parser.add_argument("--json", action="store_true", help="as JSON; bytes are those of a device")
     parser.add_argument("--quick", action="store_true", help="stop once memory is assigned: no code is generated")
-    parser.add_argument("--search", metavar="N", type=int, default=0, help="try N meshes and remat policies, rank them")
+    parser.add_argument(
+        "--search",
+        metavar="N",
+        type=int,
+        nargs="?",
+        const=8,
+        default=0,
+        help="try N meshes and remat policies (8 if it is not said), and rank them",
+    )
     parser.add_argument("--slices", metavar="N", type=int, default=1, help="so many of them, joined by their network")
     parser.add_argument("--serve", action="store_true", help="plan answers about a video in place of a stage")
     parser.add_argument(

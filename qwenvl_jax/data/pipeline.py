@@ -246,14 +246,15 @@ class BatchLoader:
     ):
         if not 0 <= host < hosts:
             raise ConfigError(f"host={host} must be from 0 to {hosts - 1}, since there are hosts={hosts}.")
-        for name in ("rows", "groups"):
+        grouped = bool(plan.shape.buckets)  # groups are of vision rows
+        for name in ("rows", "groups") if grouped else ("rows",):
             if getattr(plan.shape, name) % hosts:
                 raise ConfigError(
                     f"batch.{name}={getattr(plan.shape, name)} must be a multiple of the {hosts} hosts that read data."
                 )
         per_host = plan.shape.rows // hosts
         self._rows = range(host * per_host, (host + 1) * per_host)
-        self._groups = plan.shape.groups // hosts
+        self._groups = plan.shape.groups // hosts if grouped else 1
         self.plan, self.samples = plan, samples
         self.classes, self._class_of = classes_of(plan)
         names = ("pixel_table", "merge_size", "pad_token_id", "patch_dim", "window")

@@ -150,7 +150,8 @@ def partition_spec(name: str, shape: tuple[int, ...], axes: tuple[str, ...], mes
             fitting = ", ".join(str(n) for n in range(1, parts + 1) if size % n == 0)
             raise ConfigError(
                 f"{name}: axis {axis!r} of size {size} cannot be split {parts} ways over mesh axis {'*'.join(names)}; "
-                f"use a size that divides it ({fitting}), or map the axis to None."
+                f"use a size that divides it ({fitting}), or hold the axis whole: --mesh.override {axis}= for a run, "
+                f"rules that map it to None from Python."
             )
         spec.append(names if len(names) > 1 else (names[0] if names else None))
     return PartitionSpec(*spec)

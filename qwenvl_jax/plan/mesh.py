@@ -60,8 +60,14 @@ class Layout:
         return " ".join([*sizes, *rules, *override, f"--microbatches {self.microbatches}", f"--remat {self.remat}"])
 
 
-def chosen(stage: StageConfig, model: QwenVLConfig, topology: Topology, param_bytes: int = 4) -> Layout:
+def chosen(
+    stage: StageConfig, model: QwenVLConfig, topology: Topology, param_bytes: int = 4, *, adapters: bool = False
+) -> Layout:
     """The layout of a stage by `RULE`.
+
+    Args:
+      stage: whose microbatches are the fewest that are taken.
+      param_bytes, adapters: see `estimate`.
 
     Raises:
       ConfigError: no mesh of this kind divides the stage's batch.
@@ -70,10 +76,12 @@ def chosen(stage: StageConfig, model: QwenVLConfig, topology: Topology, param_by
     if not found:
         raise ConfigError(
             f"stage {stage.name}: no mesh divides batch.rows={stage.batch.rows}, batch.groups={stage.batch.groups} and "
-            f"batch.length={stage.batch.length} among the {topology.devices} devices of {topology.title}; give one "
+            f"batch.length={stage.batch.length} among the {topology.devices} devices of {topology.title}"
+            + (f" with microbatches={stage.microbatches}" if stage.microbatches > 1 else "")
+            + "; give one "
             "with --mesh.fsdp, --mesh.context and so on, or change the batch."
         )
-    sizes = [estimate(layout, stage, model, topology, param_bytes) for layout in found]
+    sizes = [estimate(layout, stage, model, topology, param_bytes, adapters=adapters) for layout in found]
     fitting = [layout for layout, size in zip(found, sizes, strict=True) if size <= _ROOM * topology.hardware.hbm]
     return fitting[0] if fitting else found[sizes.index(min(sizes))]
 
@@ -84,16 +92,20 @@ def _preference(layout: Layout) -> tuple[int, int, int, bool]:
 
 
 def layouts(stage: StageConfig, model: QwenVLConfig, topology: Topology) -> Iterator[Layout]:
-    """Layouts with the stage's remat that divide its batch, `context` and `tensor` being powers of two."""
+    """Layouts that divide the stage's batch, `context` and `tensor` being powers of two.
+
+    They have its remat, and its microbatches times a power of two.
+    """
     shape, n = stage.batch, topology.devices
     experts = model.text.moe.num_experts if model.text.moe else 1
     for tensor in _powers(model.text.num_key_value_heads):
-        for context in _powers(shape.length // (2 * _LEAST_CHUNK)):
+        for context in _powers(max(1, shape.length // (2 * _LEAST_CHUNK))):
             if n % (tensor * context * topology.slices) or (context > 1 and shape.length % (2 * context)):
                 continue
             # Each slice has all weights: what crosses between slices is gradients, once a step.
             share = n // (tensor * context * topology.slices)
-            for microbatches in _powers(shape.groups if shape.vision else shape.rows):
+            for times in _powers(shape.groups if shape.vision else shape.rows):
+                microbatches = stage.microbatches * times
                 parts = share * topology.slices * microbatches
                 if (shape.vision and shape.groups % parts) or shape.rows % parts:
                     break
@@ -137,17 +149,29 @@ def _powers(largest: int) -> Iterator[int]:
         power *= 2
 
 
-def estimate(layout: Layout, stage: StageConfig, model: QwenVLConfig, topology: Topology, param_bytes: int = 4) -> int:
+def estimate(
+    layout: Layout,
+    stage: StageConfig,
+    model: QwenVLConfig,
+    topology: Topology,
+    param_bytes: int = 4,
+    *,
+    adapters: bool = False,
+) -> int:
     """Bytes of HBM that a step takes on a device, roughly: what the rule orders meshes by, not what is printed.
 
     Weights, moments and gradients; the input of each layer; three times the largest layer's activations, weights and
     logits.
+
+    Args:
+      param_bytes: of a weight.
+      adapters: whether adapters learn in place of the weights; quantized ones count as if they were not.
     """
     mesh, text, vision = layout.mesh, model.text, model.vision
     split = mesh.tensor * mesh.context
     shares = topology.devices // split
     total, tower = parameter_count(model)
-    learning = total if stage.trainable != "mergers" else total // 50
+    learning = total // 50 if adapters or stage.trainable == "mergers" else total
     state = (param_bytes * total + (2 * param_bytes + 4) * learning) // (topology.devices // mesh.data)
     if mesh.override:  # the tower is split over fewer devices
         sizes = {axis: getattr(mesh, axis) for axis in ("fsdp", "expert", "context")}
@@ -181,11 +205,11 @@ def _kept(remat: str, width: int, heads: int, made: int, tensor: int) -> int:
     return width + more.get(remat, 2 * made // tensor)
 
 
-def check(mesh: MeshConfig, stage: StageConfig, topology: Topology) -> MeshConfig:
+def divided(mesh: MeshConfig, topology: Topology) -> MeshConfig:
     """A mesh given by hand, `fsdp` made out.
 
     Raises:
-      ConfigError: sizes that the slice or the stage's batch does not divide by; says which would do.
+      ConfigError: sizes that the slice does not divide by; says which would do.
     """
     n, sizes = topology.devices, {axis: getattr(mesh, axis) for axis in AXES}
     used = 1
@@ -206,8 +230,18 @@ def check(mesh: MeshConfig, stage: StageConfig, topology: Topology) -> MeshConfi
             f"the mesh has {used} devices, but {topology.title} has {n}; set mesh.fsdp={sizes['fsdp'] * n // used}, or "
             "leave it at 0 for all that the other axes leave."
         )
-    axis_across([sizes[axis] for axis in AXES], topology.slices)  # refuses a mesh that slices do not divide
-    share, rows, groups = n // (sizes["context"] * sizes["tensor"]), stage.batch.rows, stage.batch.groups
+    return dataclasses.replace(mesh, **sizes)
+
+
+def check(mesh: MeshConfig, stage: StageConfig, topology: Topology) -> MeshConfig:
+    """The same, checked against the batch of a stage.
+
+    Raises:
+      ConfigError: sizes that the slice or the stage's batch does not divide by; says which would do.
+    """
+    mesh, n = divided(mesh, topology), topology.devices
+    axis_across([getattr(mesh, axis) for axis in AXES], topology.slices)  # refuses a mesh that slices do not divide
+    share, rows, groups = n // (mesh.context * mesh.tensor), stage.batch.rows, stage.batch.groups
     both = math.gcd(rows, groups) if stage.batch.vision else rows
     if both % (share * stage.microbatches):
         fitting = ", ".join(str(d) for d in range(1, both + 1) if both % d == 0)
@@ -217,4 +251,4 @@ def check(mesh: MeshConfig, stage: StageConfig, topology: Topology) -> MeshConfi
             f"does not divide {named}; these do: {fitting}. What is left of {n} devices goes to mesh.context or "
             "mesh.tensor."
         )
-    return dataclasses.replace(mesh, **sizes)
+    return mesh

@@ -49,6 +49,11 @@ class Cell:
         """Of a weight."""
         return 4 if self.config.param_dtype == "float32" else 2
 
+    @property
+    def adapters(self) -> bool:
+        """Whether adapters learn in place of the weights."""
+        return self.config.adapter.rank > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -162,7 +167,7 @@ def model_of(config: TrainConfig, given: str | None) -> tuple[QwenVLConfig, str]
     model = given if given is not None else config.model
     if isinstance(model, QwenVLConfig):
         return model, next((name for name, shape in PRESETS.items() if shape == model), model.model_type)
-    return (PRESETS[model] if model in PRESETS else read_config(folders.resolve(model))[0]), model
+    return (PRESETS[model] if model in PRESETS else read_config(folders.resolve(model, weights=False))[0]), model
 
 
 def layout_of(cell: Cell) -> tuple[Layout, bool]:
@@ -173,11 +178,7 @@ def layout_of(cell: Cell) -> tuple[Layout, bool]:
     """
     stage = cell.stage
     if cell.config.mesh == MeshConfig():
-        layout = meshes.chosen(stage, cell.model, cell.topology, cell.param_bytes)
-        if stage.microbatches > layout.microbatches:
-            layout = dataclasses.replace(layout, microbatches=stage.microbatches)
-            meshes.check(layout.mesh, layout.of_stage(stage), cell.topology)
-        return layout, True
+        return meshes.chosen(stage, cell.model, cell.topology, cell.param_bytes, adapters=cell.adapters), True
     mesh = meshes.check(cell.config.mesh, stage, cell.topology)
     return Layout(mesh, stage.microbatches, stage.remat), False
 

@@ -41,9 +41,12 @@ def traced_step(request: Request, devices: list[jax.Device]) -> tuple[jax.stages
     state, frozen = program.abstract_state(parts, stage, config.seed)
     batch = program.abstract_batch(config.model, request.assumed.shape, Execution(mesh, rules))
     step = program.trace_step(parts, stage, state, frozen, batch, classes=request.assumed.classes)
+    # As they are meant: quantized ones are stored as codes, of which a byte has two, and scales.
+    model = parts.exported_weights()
+    counted = dict(model) | {name: weight for name, weight in state.params.items() if name not in model}
     rest = jax.tree.leaves((state.step, state.opt_state, state.rng, state.guard))
     facts = {
-        "parameters": sum(math.prod(weight.shape) for weight in (state.params | frozen).values()),
+        "parameters": sum(math.prod(weight.shape) for weight in counted.values()),
         "learning": sum(math.prod(weight.shape) for weight in state.params.values()),
         "state": {
             "weights": held_bytes(state.params.values()),

@@ -59,7 +59,9 @@ def candidates(cell: Cell, first: Layout) -> list[Layout]:
         for remat in _REMATS
     ]
     sizes = {
-        layout: meshes.estimate(layout, stage, cell.model, cell.topology, cell.param_bytes) / limit for layout in found
+        layout: meshes.estimate(layout, stage, cell.model, cell.topology, cell.param_bytes, adapters=cell.adapters)
+        / limit
+        for layout in found
     }
 
     def preference(layout: Layout):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from qwenvl_jax.checkpoint.hf import parameter_count
 from qwenvl_jax.config import QwenVLConfig
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.flops import Work, step_flops
@@ -18,6 +19,7 @@ from qwenvl_jax.parallel.mesh import AXES
 from qwenvl_jax.parallel.rules import make_rules
 from qwenvl_jax.plan.bounds import Memory, bounds, by_axis, memory
 from qwenvl_jax.plan.compiling import Compiled, Phase, ServeRequest, compile_step
+from qwenvl_jax.plan.mesh import divided
 from qwenvl_jax.plan.plan import model_of
 from qwenvl_jax.plan.topology import Topology
 from qwenvl_jax.train import recipes
@@ -124,14 +126,16 @@ class Answering:
                     "hbm": seen / hardware.hbm_bandwidth,
                 },
             },
+            # Bytes as the bound of HBM counts them.
             "first_token": self._phase(self.prompt, prompt_bounds(self)),
             "next_token": self._phase(self.token, token_bounds(self)),
         }
 
     def _phase(self, compiled: Compiled, found: dict[str, float | None]) -> dict[str, Any]:
-        known = [bound for bound in found.values() if bound is not None]
+        known, hbm = [bound for bound in found.values() if bound is not None], found["hbm"]
         return {
             "flops": compiled.flops,
+            "bytes": None if hbm is None else round(hbm * self.serving.topology.hardware.hbm_bandwidth),
             "collective_bytes": by_axis(compiled.sent),
             "bounds": found,
             "seconds": max(known),
@@ -203,7 +207,8 @@ def _mesh_of(overrides: Sequence[str], topology: Topology) -> MeshConfig:
     if any(name.split("=")[0] == "--mesh.data" for name in overrides):
         return mesh
     others = math.prod(max(1, getattr(mesh, axis)) for axis in AXES if axis != "data")
-    return dataclasses.replace(mesh, data=max(1, topology.devices // others))
+    # Sizes that do not divide are told as they were given.
+    return dataclasses.replace(mesh, data=topology.devices // others) if topology.devices % others == 0 else mesh
 
 
 def make_serving(
@@ -213,7 +218,8 @@ def make_serving(
 
     Args:
       mesh: None chooses one: `tensor` as many devices as there are heads of keys, `expert` up to 8 of the others if
-        there are experts, and `data`, shares with weights and rows of their own, the rest.
+        there are experts, or more until weights take half of HBM, and `data`, shares with weights and rows of their
+        own, the rest.
       rows: 0 for one on each share.
 
     Raises:
@@ -221,7 +227,7 @@ def make_serving(
     """
     if rows < 0:
         raise ConfigError(f"--rows {rows}: expected how many prompts are answered at once, at least 1.")
-    mesh = _checked(mesh, topology) if mesh else _chosen(model, topology)
+    mesh = divided(mesh, topology) if mesh else _chosen(model, topology)
     serving = Serving(name, model, topology, mesh, rows or mesh.data * mesh.fsdp * mesh.expert)
     if serving.rows % serving.shares:
         raise ConfigError(
@@ -234,20 +240,11 @@ def make_serving(
 def _chosen(model: QwenVLConfig, topology: Topology) -> MeshConfig:
     tensor = math.gcd(topology.devices, model.text.num_key_value_heads)
     rest = topology.devices // tensor
-    expert = math.gcd(rest, 8, model.text.moe.num_experts) if model.text.moe else 1
+    experts = model.text.moe.num_experts if model.text.moe else 1
+    expert, weights = math.gcd(rest, 8, experts), 2 * parameter_count(model)[0]
+    while weights / (tensor * expert) > topology.hardware.hbm / 2 and math.gcd(rest, experts) % (2 * expert) == 0:
+        expert *= 2
     return MeshConfig(data=rest // expert, fsdp=1, expert=expert, tensor=tensor, rules="replicated")
-
-
-def _checked(mesh: MeshConfig, topology: Topology) -> MeshConfig:
-    sizes = {axis: getattr(mesh, axis) for axis in AXES}
-    others = math.prod(size for axis, size in sizes.items() if axis != "fsdp")
-    sizes["fsdp"] = sizes["fsdp"] or max(1, topology.devices // max(1, others))
-    if min(sizes.values()) < 1 or math.prod(sizes.values()) != topology.devices:
-        raise ConfigError(
-            f"the mesh {sizes} has {math.prod(sizes.values())} devices, but {topology.name} has {topology.devices}; "
-            "change a size so that the product fits."
-        )
-    return dataclasses.replace(mesh, **sizes)
 
 
 def make_answering(serving: Serving, context: int, *, quick: bool = False) -> Answering:

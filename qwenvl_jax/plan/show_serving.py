@@ -115,7 +115,9 @@ def _lines(found: Answering) -> Iterator[str]:
     )
     for key, words in (("first_token", "first token"), ("next_token", "between tokens")):
         phase = facts[key]
-        yield line(words, f"at least {phase['seconds']:.3g} s, of all rows together ({_bounds(phase['bounds'])})")
+        moved = "" if phase["bytes"] is None else f", {gib(phase['bytes'])} read and written by a device"
+        yield line(words, f"{phase['flops']:.3e} FLOPs of all rows together{moved}")
+        yield line("", f"at least {phase['seconds']:.3g} s ({_bounds(phase['bounds'])})")
     yield line("", f"at most {serving.rows / facts['next_token']['seconds']:,.0f} tokens a second of all rows")
     yield line("", "they are bounds, each as if nothing else took time, and no prediction")
 
@@ -133,9 +135,22 @@ def advice(found: Answering) -> str:
     serving, state = found.serving, found.token.state
     usable = USABLE * found.memories[0].limit
     weights = sum(state[kind] for kind in WEIGHTS)
+    fewer = [*(["fewer --rows"] if serving.rows > serving.shares else []), "a smaller --context"]
+    # With as many devices as heads of keys a larger slice has more shares, which are no smaller.
+    larger = ["a larger slice"] if serving.mesh.tensor < serving.model.text.num_key_value_heads else []
     if weights > usable:
-        return "a larger slice, or --mesh.fsdp with --mesh.rules fsdp_tensor: the weights alone take more than that"
+        return f"{' or '.join([*larger, _split_further(serving)])}: the weights alone take more than that"
     if weights + state["cache"] > usable:
-        return "fewer --rows, a smaller --context or a larger slice: weights and cache alone take more than that"
-    tips = ["fewer --rows"] if serving.rows > serving.shares else []
-    return " or ".join([*tips, "a smaller --context", "a larger slice"])
+        split = [_split_further(serving)] if weights / 2 + state["cache"] < usable else []
+        return f"{' or '.join([*fewer, *larger, *split])}: weights and cache alone take more than that"
+    return " or ".join([*fewer, *larger])
+
+
+def _split_further(serving: Serving) -> str:
+    """Settings with which weights are in twice as many parts."""
+    mesh = serving.mesh
+    sizes = {axis: getattr(mesh, axis) for axis in AXES if axis != "data"} | {"fsdp": 2 * mesh.fsdp}
+    given = " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items() if size > 1)
+    rules = mesh.rules if mesh.rules != "replicated" else "fsdp_tensor"
+    where = "" if mesh.data % 2 == 0 else f"on a slice of {2 * serving.topology.devices} devices "
+    return f"{where}{given} --mesh.rules {rules}"

@@ -7,6 +7,7 @@ brings no old schedule with it.
 
 from collections.abc import Iterable, Iterator, Mapping
 
+import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
@@ -46,8 +47,27 @@ def make_optimizer(config: OptimizerConfig, weights: Mapping[str, WeightInfo]) -
     Raises:
       ConfigError: a factor for a part of which nothing learns.
     """
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    clip = _clipping(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, _rule(config, weights), _times(_factors(config, weights)))
+
+
+def global_norm(gradients: Mapping[str, jax.Array]) -> jax.Array:
+    """The norm of all gradients together, f32[]; added up in f32 whatever they are, since 16 bits lose small ones."""
+    return optax.tree.norm({name: value.astype(jnp.float32) for name, value in gradients.items()})
+
+
+def _clipping(bound: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` by `global_norm`, so that it clips by what is told."""
+
+    def update(updates, state, params=None):
+        norm = global_norm(updates)
+
+        def clipped(value):
+            return jnp.where(norm < bound, value, (value / norm * bound).astype(value.dtype))
+
+        return {name: clipped(value) for name, value in updates.items()}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _rule(config: OptimizerConfig, weights: Mapping[str, WeightInfo]) -> optax.GradientTransformation:

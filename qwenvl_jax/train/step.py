@@ -18,7 +18,7 @@ from qwenvl_jax.ops.router import balance_loss, z_loss
 from qwenvl_jax.parallel.context import balanced_batch
 from qwenvl_jax.parallel.placement import Execution, leaf_axes
 from qwenvl_jax.train.config import StageConfig
-from qwenvl_jax.train.optimizer import learning_rate
+from qwenvl_jax.train.optimizer import global_norm, learning_rate
 from qwenvl_jax.train.state import ModelParts, Params, TrainState
 
 Sums = dict[str, jax.Array]
@@ -96,7 +96,7 @@ def make_step(parts: ModelParts, stage: StageConfig, optimizer: optax.GradientTr
 
     def step(state: TrainState, frozen: Params, batch: Batch):
         loss, gradients, sums = gradients_of(state.params, frozen, batch)
-        norm = optax.tree.norm(gradients).astype(jnp.float32)
+        norm = global_norm(gradients)
         healthy, guard = _guarded(stage, state.guard, loss, norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = schedule(state.step)

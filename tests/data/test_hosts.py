@@ -1,5 +1,6 @@
 """The content of a step: the same for any number of hosts, threads and workers, and wherever the run was stopped."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.data.pipeline import BatchLoader, batch_hash, batches
 from qwenvl_jax.data.processor import Processor
 from qwenvl_jax.errors import ConfigError
@@ -100,6 +102,18 @@ def test_rows_that_do_not_divide_are_refused(mixed_folder):
         BatchLoader(loader.plan, loader.samples, processor, host=0, hosts=3)
     with pytest.raises(ConfigError, match="host=2 must be from 0 to 1"):
         BatchLoader(loader.plan, loader.samples, processor, host=2, hosts=2)
+
+
+def test_rows_of_text_need_no_groups(mixed_folder):
+    """Groups are of vision rows: a stage without them is shared by hosts as it is by devices."""
+    config = mixed_config(mixed_folder)
+    (text,) = (part for part in config.stages[0].data.mixture if part.name == "text")
+    data, shape = dataclasses.replace(config.stages[0].data, mixture=(text,)), BatchShape(rows=16, length=160)
+    config = dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], data=data, batch=shape),))
+    alone, halves = loader_of(config)(0), [loader_of(config, host, 2)(0) for host in range(2)]
+    assert batch_hash([row for half in halves for row in half.row_hashes]) == alone.hash
+    for half in halves:
+        assert half.batch.tokens.shape == (8, 160) and not half.batch.vision
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen:

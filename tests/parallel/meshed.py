@@ -106,7 +106,7 @@ def parts_on(
 
 @functools.cache
 def drawn(config: QwenVLConfig) -> dict[str, np.ndarray]:
-    """Random weights, drawn on one device: what is drawn depends on where it is."""
+    """Random weights, drawn on one device."""
     single = ModelParts(config, dtype="float32", param_dtype="float32", mesh=make_mesh(jax.devices()[:1], data=1))
     return {name: np.asarray(value) for name, value in single.random(1).items()}
 

@@ -159,6 +159,16 @@ def test_the_kernel_for_tpus_computes_the_same(sizes):
     assert_same(outcome(parts_on(config, **sizes), batch, attention="splash"), wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", ["qwen3_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=list(MESHES))
+def test_first_weights_are_the_same_on_every_mesh(generation, sizes):
+    config = even_config(generation)
+    made, wanted = parts_on(config, **sizes).random(1), drawn(config)
+    for name, value in made.items():
+        np.testing.assert_allclose(np.asarray(value), wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_generations_are_all_there():
     assert set(MODEL_TYPES) <= set(GENERATIONS) and len(jax.devices()) >= 8
     assert np.prod(list(MESHES["context+tensor"].values())) == 8

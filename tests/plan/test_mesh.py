@@ -109,6 +109,32 @@ def test_the_rule_takes_the_fewest_microbatches_that_are_estimated_to_fit():
     assert large.mesh == MeshConfig(data=4, fsdp=64, context=2, rules="zero")
 
 
+def test_short_rows_have_layouts():
+    """Those too short for `context` are not split over it; the obvious way to a cell that compiles fast."""
+    stage = dataclasses.replace(recipes.s1(), batch=BatchShape(rows=8, length=256, groups=8, vision=((4, 1024),)))
+    for topology in ("v5e:1x1", "v5e:2x2"):
+        mesh = chosen(stage, PRESETS["qwen3_vl_2b"], slice_ := Topology.named(topology)).mesh
+        assert (mesh.context, mesh.data * mesh.fsdp * mesh.tensor) == (1, slice_.devices)
+
+
+def test_microbatches_that_are_asked_for_are_the_fewest():
+    stage, model, slice_ = recipes.s1(), PRESETS["qwen3_vl_2b"], Topology.named("v6e:16x16")
+    assert chosen(stage, model, slice_).mesh.context == 1
+    layout = chosen(dataclasses.replace(stage, microbatches=4), model, slice_)
+    assert (layout.microbatches, layout.mesh.context) == (4, 4)
+    check(layout.mesh, layout.of_stage(stage), slice_)
+    odd = dataclasses.replace(stage, microbatches=3)
+    with pytest.raises(ConfigError, match=r"no mesh divides .* with microbatches=3; give one"):
+        chosen(odd, model, slice_)
+
+
+def test_adapters_are_estimated_to_need_no_moments_of_the_weights():
+    stage, model, slice_ = recipes.s1(), PRESETS["qwen3_vl_8b"], Topology.named("v6e:2x4")
+    layout = chosen(stage, model, slice_)
+    sizes = [estimate(layout, stage, model, slice_, adapters=adapters) for adapters in (False, True)]
+    assert sizes[0] - sizes[1] > 11 * 8_700_000_000 // 8  # 12 bytes of each weight, in eight parts
+
+
 def test_more_kept_is_estimated_as_more():
     stage, model, slice_ = recipes.s1(), PRESETS["qwen3_vl_8b"], Topology.named("v5p:8x8x8")
     layout = chosen(stage, model, slice_)

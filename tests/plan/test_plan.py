@@ -6,17 +6,26 @@ import os
 import shlex
 from typing import get_args
 
+import jax
 import pytest
 
 from qwenvl_jax import cli
+from qwenvl_jax.checkpoint import folder as folders
+from qwenvl_jax.checkpoint.hf import parameter_count
+from qwenvl_jax.checkpoint.hf_config import config_to_json
+from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.parallel.placement import Remat
 from qwenvl_jax.plan import compiling, show
 from qwenvl_jax.plan.assumed import assume
 from qwenvl_jax.plan.bounds import bounds, by_axis, memory
-from qwenvl_jax.plan.compiling import Compiled, check_libtpu, needed_bytes
+from qwenvl_jax.plan.compiling import Compiled, Request, check_libtpu, needed_bytes
 from qwenvl_jax.plan.plan import Plan, layout_of, read_cells
+from qwenvl_jax.plan.programs import traced_step
 from qwenvl_jax.plan.search import candidates, rank
+from qwenvl_jax.presets import PRESETS
+from qwenvl_jax.train.config import AdapterConfig, DataConfig, MeshConfig, OptimizerConfig
+from qwenvl_jax.train.config_file import load_config_file
 from tests.parallel.test_compiled import needs_libtpu
 
 GIB = 2**30
@@ -223,6 +232,43 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'qwenvl_jax\[tpu\]'"):
         check_libtpu()
+
+
+def test_weights_are_not_fetched(monkeypatch, tmp_path):
+    """Of a model on a hub its shape is all that a plan takes."""
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(PRESETS["qwen3_vl_2b"], "bfloat16")))
+    asked = []
+    monkeypatch.setattr(folders, "resolve", lambda name, **options: asked.append((name, options)) or tmp_path)
+    (cell,) = read_cells("configs/sft/lora_32k.py", [], topology="v6e:2x2")
+    assert asked == [("Qwen/Qwen3-VL-4B-Instruct", {"weights": False})]
+    assert cell.model.text == PRESETS["qwen3_vl_2b"].text
+
+
+def test_a_search_without_a_number_tries_eight(monkeypatch):
+    seen = []
+    monkeypatch.setattr(show, "plan_command", lambda *arguments, **options: seen.append(options["tries"]) or 0)
+    for given in (["--search", "--json"], ["--search"], ["--search", "3"], []):
+        assert cli.main(["plan", S1, "--topology", "v5e:2x2", *given]) == 0
+    assert seen == [8, 8, 3, 0]
+
+
+def test_quantized_weights_are_counted_as_weights(small):
+    """Two of them are in a byte, and scales are none."""
+    counts = []
+    for quantize in ("none", "nf4", "int8"):
+        config = load_config_file(small)[0]
+        adapter = AdapterConfig(rank=2, quantize=quantize, tile_size=32)
+        stage = dataclasses.replace(
+            config.stages[0],
+            batch=BatchShape(2, 512, 2, ((2, 1024),)),
+            data=DataConfig(),
+            optimizer=OptimizerConfig(),
+        )
+        config = dataclasses.replace(config, adapter=adapter, stages=(stage,), mesh=MeshConfig(fsdp=1))
+        _, facts = traced_step(Request(config, assume(stage, config.model), "cpu"), jax.devices())
+        counts.append((facts["parameters"], facts["learning"]))
+    total = parameter_count(config.model)[0]
+    assert len(set(counts)) == 1 and counts[0][0] == total + counts[0][1] > total
 
 
 def test_a_mesh_of_the_run_is_kept():

@@ -118,6 +118,8 @@ def test_what_is_planned_is_what_generate_runs(generation):
         ("qwen3_vl_2b", "v5e:4x4", {"data": 2, "tensor": 8}),
         ("qwen3_vl_30b_a3b", "v5e:4x4", {"expert": 4, "tensor": 4}),
         ("qwen3_vl_235b_a22b", "v5p:4x4x4", {"data": 2, "expert": 8, "tensor": 4}),
+        # 470 GB in 32 parts are more than a device has.
+        ("qwen3_vl_235b_a22b", "v5e:16x16", {"data": 4, "expert": 16, "tensor": 4}),
         ("qwen2_vl_2b", "v5e:2x2", {"data": 2, "tensor": 2}),
     ],
 )
@@ -154,13 +156,15 @@ def test_facts_and_table():
     assert one["video"]["tokens"] == 30 * 256 and one["video"]["patches"] == 30 * 1024
     assert one["video"]["flops"] == step_flops(PRESETS["qwen3_vl_8b"], found.video, ()).total
     assert one["next_token"]["seconds"] == one["next_token"]["bounds"]["hbm"]
+    assert one["next_token"]["bytes"] == 4 * GIB + 2 * GIB  # the decoder's weights and the cache
+    assert one["first_token"]["bytes"] == 5 * GIB + 2 * GIB + 2 * GIB  # what is given, comes out, and is made between
     json.dumps(facts)
     text = "\n".join(show_serving._lines(found))
     for words in (
         "8,192 tokens of context, 7,680 of a video of 60 frames",
         "fits         yes",
         "from the frames of the video to tokens, at least 0.0201 s (compute 0.0201 s, HBM ",
-        "between tokens",
+        "between tokens 1.000e+10 FLOPs of all rows together, 6.00 GiB read and written by a device",
     ):
         assert words in text, text
 
@@ -179,6 +183,27 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(token, words):
     assert not found.fits and not found.facts()["fits"]
     text = "\n".join(show_serving._lines(found))
     assert "NO, by" in text and words in text, text
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "state", "words"),
+    [
+        # Rows are one a share and heads of keys are all apart: neither fewer rows nor a larger slice would help.
+        ("qwen3_vl_32b", "v5e:2x4", {"cache": 8 * GIB, "decoder": 9 * GIB},
+         "a smaller --context or on a slice of 16 devices --mesh.fsdp 2 --mesh.tensor 8 --mesh.rules fsdp_tensor: we"),
+        ("qwen3_vl_32b", "v5e:2x4", {"cache": 16 * GIB}, "many: a smaller --context: weights and cache alone"),
+        ("qwen3_vl_32b", "v5e:2x2", {"cache": 16 * GIB}, "a smaller --context or a larger slice: weights and cache"),
+        ("qwen3_vl_32b", "v5e:4x4", {"decoder": 16 * GIB},
+         "many: --mesh.fsdp 2 --mesh.tensor 8 --mesh.rules fsdp_tensor: the weights alone"),
+        ("qwen3_vl_30b_a3b", "v5e:4x4", {"experts": 16 * GIB},
+         "many: on a slice of 32 devices --mesh.fsdp 2 --mesh.expert 4 --mesh.tensor 4 --mesh.rules fsdp_tensor: the"),
+    ],
+)  # fmt: skip
+def test_what_is_advised_would_help(name, topology, state, words):
+    held = compiled().state | {"cache": 2 * GIB} | state
+    found = answering(name, topology, token=compiled(arguments=30 * GIB, state=held))
+    text = "\n".join(show_serving._lines(found))
+    assert words in text, text
 
 
 def test_of_a_prompt_one_token_has_logits(monkeypatch):
@@ -211,7 +236,12 @@ def test_of_a_prompt_one_token_has_logits(monkeypatch):
     [
         (["qwen3_vl_5b", "--topology", "v5e:2x4"], ["qwen3_vl_5b"]),
         (["qwen3_vl_8b", "--topology", "v5e:3x4"], ["'v5e:3x4'", "2x4"]),
-        (["qwen3_vl_8b", "--topology", "v5e:2x4", "--mesh.tensor", "3"], ["tensor", "8"]),
+        (
+            ["qwen3_vl_8b", "--topology", "v5e:2x4", "--mesh.tensor", "3"],
+            ["mesh.tensor=3 does not divide the 8 devices", "these do: 1, 2, 4, 8."],
+        ),
+        (["qwen3_vl_8b", "--topology", "v5e:2x4", "--mesh.data", "2"], ["has 2 devices, but v5e:2x4 has 8"]),
+        (["qwen3_vl_8b", "--topology", "v5e:2x4", "--mesh.tensor", "0"], ["mesh.tensor=0 must be at least 1"]),
         (["qwen3_vl_8b", "--topology", "v5e:2x4", "--steps", "3"], ["--steps", "--mesh.tensor"]),
         (
             ["qwen3_vl_8b", "--topology", "v5e:2x4", "--rows", "3", "--mesh.data", "2", "--mesh.tensor", "4"],

@@ -5,8 +5,8 @@
 MOMENT: `SIGKILL:step:5` when the fifth line of the metrics is written; `SIGKILL:save:2` while the second checkpoint of
 this process is being written, after its arrays and before it is whole; `SIGKILL:export:1` when the model is written but
 not yet in its place; `SIGKILL:batch:3` at the third batch that the model is judged by, `SIGKILL:token:9` at the ninth
-token of answers, the first of each left out. SIGTERM likewise, and it is heard before the run goes on; `SIGTERM:again:5` comes
-a second time while what the first one asked for is written.
+token of answers, the first of each left out. SIGTERM likewise, and it is heard before the run goes on;
+`SIGTERM:again:5` comes a second time while what the first one asked for is written.
 `SIGKILL:step:5:1` does so in process 1 of several alone.
 """
 

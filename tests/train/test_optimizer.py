@@ -11,7 +11,7 @@ from optax.contrib import muon
 
 from qwenvl_jax.errors import ConfigError
 from qwenvl_jax.train.config import AdapterConfig, OptimizerConfig, StageConfig, TrainConfig
-from qwenvl_jax.train.optimizer import learning_rate, make_optimizer, muon_dimensions, optimizer_notes
+from qwenvl_jax.train.optimizer import global_norm, learning_rate, make_optimizer, muon_dimensions, optimizer_notes
 from qwenvl_jax.train.state import WeightInfo
 from qwenvl_jax.train.step import _moved
 
@@ -113,6 +113,22 @@ def test_decay_touches_matrices_and_tables_alone(name):
     for weight in WEIGHTS:
         rate = 0.0 if weight.endswith(("bias", "scale")) else 0.5
         np.testing.assert_allclose(decayed[weight], plain[weight] - rate * some_values(0)[weight], atol=1e-5)
+
+
+def test_a_norm_in_16_bits_is_added_up_in_32(optax_promotes):
+    """Small gradients beside large ones, which 16 bits would lose; and what is clipped has that norm."""
+    gradients = {f"w{i}": jnp.full((64,), 1.0 if i else 24.0, jnp.bfloat16) for i in range(40)}
+    exact = float(np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in gradients.values())))
+    np.testing.assert_allclose(float(global_norm(gradients)), exact, rtol=1e-6)
+    assert abs(float(optax.tree.norm(gradients)) / exact - 1) > 1e-3
+    weights = {name: WeightInfo((64,), jnp.dtype("bfloat16"), ("norm",), 0) for name in gradients}
+    rule = make_optimizer(OptimizerConfig(clip_norm=0.5), weights)
+    clipped, _ = rule.update(gradients, rule.init(gradients), gradients)
+    small = {name: (g.astype(jnp.float32) * (0.5 / exact)).astype(jnp.bfloat16) for name, g in gradients.items()}
+    wanted, _ = rule.update(small, rule.init(gradients), gradients)
+    for name in gradients:
+        assert clipped[name].dtype == wanted[name].dtype
+        np.testing.assert_allclose(*(np.asarray(x[name], np.float32) for x in (clipped, wanted)), rtol=1e-2)
 
 
 def test_clipping_is_by_the_norm_of_all():
