@@ -252,7 +252,7 @@ def test_a_search_without_a_number_tries_eight(monkeypatch):
     assert seen == [8, 8, 3, 0]
 
 
-def test_quantized_weights_are_counted_as_weights(small):
+def test_quantized_weights_are_counted_as_weights(small, optax_promotes):
     """Two of them are in a byte, and scales are none."""
     counts = []
     for quantize in ("none", "nf4", "int8"):
