@@ -16,7 +16,11 @@
 #   IMAGE, ACCELERATOR (tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice, tpu7x), TOPOLOGY   to be given to `train`
 #   SLICES=1           so many slices of that topology in one run
 #   CHIPS_PER_HOST=4   of the machine type; 8 for ct5lp-hightpu-8t and ct6e-standard-8t, 1 for -1t
-#   NAMESPACE=default  SERVICE_ACCOUNT=default (of Kubernetes; it needs to read and write the bucket)
+#   NAMESPACE=default  SERVICE_ACCOUNT=default (of Kubernetes; see HOST_NETWORK)
+#   HOST_NETWORK=true  of several slices, between which it is faster; false of one. With it GKE takes pods for their node:
+#                      the service account of the node pools needs to read and write the bucket, and the pools the scope
+#                      cloud-platform; without it SERVICE_ACCOUNT does
+#   DATA_BUCKET=       a bucket that pods see at /data, by Cloud Storage FUSE, and QWENVL_DATA, if it is not set, as that
 #   RESTARTS=20        after a pod died; preemptions are not counted
 #   GRACE_SECONDS=300  between SIGTERM and SIGKILL
 #
@@ -29,6 +33,9 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 passed=(LIBTPU_INIT_ARGS XLA_FLAGS JAX_COMPILATION_CACHE_DIR QWENVL_DATA WANDB_PROJECT WANDB_NAME WANDB_MODE)
 say() { echo "launch/gke.sh: $*" >&2; }
 fail() { say "$*"; exit 2; }
+# What is older, as on macOS, reads empty lists and quotes otherwise.
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  fail "bash $BASH_VERSION is too old, 4.4 is wanted; on macOS: brew install bash"
 usage() { sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 given() { # name, example
   [[ -n "${!1:-}" ]] || fail "$1 is not set; for example $1=$2"
@@ -73,6 +80,11 @@ given TOPOLOGY 4x4x4
 SLICES="${SLICES:-1}" CHIPS_PER_HOST="${CHIPS_PER_HOST:-4}" RESTARTS="${RESTARTS:-20}"
 GRACE_SECONDS="${GRACE_SECONDS:-300}" SERVICE_ACCOUNT="${SERVICE_ACCOUNT:-default}"
 number SLICES
+HOST_NETWORK="${HOST_NETWORK:-$( ((SLICES > 1)) && echo true || echo false)}"
+[[ "$HOST_NETWORK" == true || "$HOST_NETWORK" == false ]] || fail "HOST_NETWORK=$HOST_NETWORK must be true or false"
+DATA_BUCKET="${DATA_BUCKET:-}"
+[[ "$DATA_BUCKET" =~ ^[-._a-z0-9]*$ ]] || fail "DATA_BUCKET=$DATA_BUCKET must be the name of a bucket, without gs://"
+[[ -z "$DATA_BUCKET" ]] || QWENVL_DATA="${QWENVL_DATA:-/data}"
 number CHIPS_PER_HOST
 number RESTARTS
 number GRACE_SECONDS
@@ -96,11 +108,23 @@ for name in "${passed[@]}"; do
   [[ -z "${!name:-}" ]] || ENVIRONMENT+="- {name: $name, value: $(quoted "${!name}")}"$'\n                    '
 done
 
+FUSE=false DATA_MOUNT='' DATA_VOLUME=''
+if [[ -n "$DATA_BUCKET" ]]; then
+  FUSE=true
+  DATA_MOUNT='- {name: data, mountPath: /data, readOnly: true}'
+  DATA_VOLUME="- name: data
+                  csi:
+                    driver: gcsfuse.csi.storage.gke.io
+                    readOnly: true
+                    volumeAttributes: {bucketName: $(quoted "$DATA_BUCKET"), mountOptions: implicit-dirs, hostNetworkPodKSA: \"$HOST_NETWORK\"}"
+fi
+
 manifest="$(<"$here/jobset.yaml")"
 for name in NAME NAMESPACE IMAGE ACCELERATOR TOPOLOGY SERVICE_ACCOUNT; do
   manifest="${manifest//"\${$name}"/"$(quoted "${!name}")"}"
 done
-for name in RESTARTS SLICES HOSTS GRACE_SECONDS CHIPS_PER_HOST ARGUMENTS ENVIRONMENT; do
+for name in RESTARTS SLICES HOSTS GRACE_SECONDS CHIPS_PER_HOST HOST_NETWORK FUSE DATA_MOUNT DATA_VOLUME ARGUMENTS \
+  ENVIRONMENT; do
   manifest="${manifest//"\${$name}"/"${!name}"}"
 done
 

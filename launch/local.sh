@@ -10,8 +10,9 @@
 # cannot mend ends this script with the same status: a mistake in the arguments, a file or a setting (2), an interruption
 # (130), and a run that dies RESTARTS times (5 by default). CPU_DEVICES=N makes JAX see the CPU as N devices.
 #
-# PROCESSES=N shares the run among N processes, as on N hosts. Where one dies the others cannot go on: they end by
-# themselves, or are killed after GRACE_SECONDS (60 by default), and all are started again.
+# PROCESSES=N shares the run among N processes, as on N hosts, and the GPUs of this machine, if it has any, evenly among
+# them (JAX_LOCAL_DEVICE_IDS). Where one dies the others cannot go on: they end by themselves, or are killed after
+# GRACE_SECONDS (60 by default), and all are started again.
 set -uo pipefail
 set -m # each process gets a group of its own: Ctrl-C reaches it once, through `stop`, and it writes a checkpoint
 
@@ -25,6 +26,20 @@ processes="${PROCESSES:-1}"
 if ! [[ "$processes" =~ ^[1-9][0-9]*$ ]]; then
   echo "launch/local.sh: PROCESSES=$processes must be a whole number, at least 1" >&2
   exit 2
+fi
+
+gpus=0
+if ((processes > 1)) && [[ -z "${JAX_LOCAL_DEVICE_IDS:-}" && "${JAX_PLATFORMS:-}" != cpu ]]; then
+  if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+    IFS=, read -ra seen <<<"$CUDA_VISIBLE_DEVICES"
+    gpus=${#seen[@]}
+  else
+    gpus="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU')"
+  fi
+  if ((gpus % processes)); then
+    echo "launch/local.sh: PROCESSES=$processes cannot share $gpus GPUs evenly; take a number that divides them" >&2
+    exit 2
+  fi
 fi
 
 children=()
@@ -47,6 +62,8 @@ start() { # index, then the arguments
   shift
   if ((processes > 1)); then
     export JAX_NUM_PROCESSES="$processes" JAX_PROCESS_ID="$index"
+    ((gpus == 0)) || JAX_LOCAL_DEVICE_IDS="$(seq -s , $((index * gpus / processes)) $(((index + 1) * gpus / processes - 1)))"
+    ((gpus == 0)) || export JAX_LOCAL_DEVICE_IDS
   fi
   "${QWENVL_JAX_PYTHON:-$python}" -m qwenvl_jax train "$@" &
   children[index]=$!

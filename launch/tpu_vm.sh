@@ -33,6 +33,9 @@ passed=(LIBTPU_INIT_ARGS XLA_FLAGS JAX_COMPILATION_CACHE_DIR QWENVL_DATA WANDB_P
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 say() { echo "launch/tpu_vm.sh: $*" >&2; }
 fail() { say "$*"; exit 2; }
+# What is older, as on macOS, reads empty lists and quotes otherwise.
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  fail "bash $BASH_VERSION is too old, 4.4 is wanted; on macOS: brew install bash"
 usage() { sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 
 # ---- on a host, where `ssh` calls this script
@@ -143,7 +146,7 @@ if [[ -z "$runtime" ]]; then
   esac
 fi
 setup="${SETUP:-python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv \
-&& python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu,gcs]'}"
+&& python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu,gcs,tfds,tensorboard,wandb]'}"
 poll="${POLL_SECONDS:-60}"
 run=() # as the hosts are told
 for name in "${passed[@]}"; do

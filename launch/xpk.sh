@@ -24,6 +24,9 @@ set -uo pipefail
 passed=(LIBTPU_INIT_ARGS XLA_FLAGS JAX_COMPILATION_CACHE_DIR QWENVL_DATA WANDB_PROJECT WANDB_NAME WANDB_MODE)
 say() { echo "launch/xpk.sh: $*" >&2; }
 fail() { say "$*"; exit 2; }
+# What is older, as on macOS, reads empty lists and quotes otherwise.
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
+  fail "bash $BASH_VERSION is too old, 4.4 is wanted; on macOS: brew install bash"
 usage() { sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 given() { # name, example
   [[ -n "${!1:-}" ]] || fail "$1 is not set; for example $1=$2"

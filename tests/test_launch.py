@@ -116,6 +116,28 @@ def test_a_stop_between_two_lives_is_not_forgotten(tmp_path):
     assert (done.returncode, (tmp_path / "lives-").read_text().count("\n")) == (1, 1)
 
 
+def test_gpus_are_shared_evenly(tmp_path):
+    """By a stand-in for the program that lists them, or by the variable that says which there are."""
+    lister = tmp_path / "bin" / "nvidia-smi"
+    lister.parent.mkdir()
+    lister.write_text('#!/bin/bash\nfor i in 0 1 2 3; do echo "GPU $i: H100 (UUID: GPU-$i)"; done\n')
+    lister.chmod(0o755)
+    here = {"PATH": f"{lister.parent}:{os.environ['PATH']}", "JAX_PLATFORMS": "", "CUDA_VISIBLE_DEVICES": ""}
+    script = f'echo "${{JAX_LOCAL_DEVICE_IDS:-all}}" >> {tmp_path}/gpus-$JAX_PROCESS_ID'
+    for given, shares in (
+        ({}, ["0,1", "2,3"]),
+        ({"CUDA_VISIBLE_DEVICES": "5,7"}, ["0", "1"]),
+        ({"JAX_PLATFORMS": "cpu"}, ["all", "all"]),
+    ):
+        assert _several(tmp_path, script, **here | given).returncode == 0
+        assert [(tmp_path / f"gpus-{index}").read_text().splitlines()[-1] for index in range(2)] == shares
+    done = _several(tmp_path, script, **here, PROCESSES="3")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "launch/local.sh: PROCESSES=3 cannot share 4 GPUs evenly; take a number that divides them\n",
+    )
+
+
 def test_a_number_of_processes_that_is_none(tmp_path):
     done = _several(tmp_path, "exit 0", PROCESSES="two")
     assert (done.returncode, done.stderr) == (

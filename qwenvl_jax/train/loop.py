@@ -122,9 +122,11 @@ def train_command(
     Raises:
       QwenVLError: what is wrong with the config file, a setting, the data or the run's folder.
     """
-    config = prepared_config(config_path, overrides, model)
     path = Path(config_path).absolute()
-    return train(config, out or Path("runs") / path.parent.name / path.stem, profile=profile)
+    # A mistake in the files of one process ends the others, which wait for it.
+    with Processes.joined().sharing_fate():
+        config = prepared_config(config_path, overrides, model)
+        return train(config, out or Path("runs") / path.parent.name / path.stem, profile=profile)
 
 
 class _Run:
@@ -163,6 +165,8 @@ class _Run:
         run_folder.check(folder, settings)
         if not (folder.local / "config.json").exists():
             self.parts.check_start()
+            if self._source is not None:
+                folders.resolve(self._source, weights=False)  # told before any data is read
         multiple = Execution(self.mesh, self.rules).split("vision_rows")
         host, hosts = row_share(self.mesh, self.rules)
         self.exchange = Exchange(processes, host, self.say)
@@ -288,6 +292,7 @@ class _Run:
                 save()
         if done < stage.end:
             save()
+        self.exchange.pace.end(done)
         self._tell_waits(stage)
         return state, done
 
@@ -469,7 +474,7 @@ def _others(params: Params, state: TrainState) -> Params:
 
 
 def _shape_of(name: str) -> QwenVLConfig:
-    return source.read_config(folders.resolve(name))[0]
+    return source.read_config(folders.resolve(name, weights=False))[0]
 
 
 def _check_processor(shape: QwenVLConfig, processor: Processor) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 EVERY = 50  # steps between looks
+_LEAST = 5  # steps that tell something
 _WORTH_TELLING = 0.1  # share of the time of a step
 _ABOVE = 2.0  # times the median of the processes that is well above it
 
@@ -39,9 +40,17 @@ class Pace:
         if all(record["step"] is not None for record in records):
             self._seen.append([(record["step"], record["wait"], record["idle"]) for record in records])
         if len(self._seen) > self._every:
-            for line in behind(np.asarray(self._seen[1:])):
-                self._say(f"{stage} step {step}: {line}")
-            self._seen = self._seen[:1]
+            self._look(step)
+
+    def end(self, step: int) -> None:
+        """Looks at the steps of several processes since the last look, as their stage ends or stops after a step."""
+        if len(self._seen) > _LEAST and len(self._seen[0]) > 1:
+            self._look(step)
+
+    def _look(self, step: int) -> None:
+        for line in behind(np.asarray(self._seen[1:])):
+            self._say(f"{self._stage} step {step}: {line}")
+        self._seen = self._seen[:1]
 
 
 def behind(seconds: np.ndarray) -> list[str]:

@@ -32,7 +32,7 @@ _JOIN_SECONDS = 300
 _PATIENCE_SECONDS = 30
 # Waiting is done in pieces, between which Python sees to signals.
 _PIECE_MS = 1000
-_FOREVER_MS = 10**9
+_LONG_MS = 10**8
 # Process 0 holds the store: it ends after the others have read why.
 _READING_SECONDS = 2.0
 _runs = itertools.count()
@@ -146,6 +146,12 @@ class Processes:
         self._client: Any = _client() if self.count > 1 and client is None else client
         self._leaving: list[Callable[[], None]] = []
 
+    @classmethod
+    def joined(cls) -> "Processes":
+        """Those that this process has joined, without JAX looking for devices; itself alone if it joined none."""
+        state = _state()
+        return cls(state.process_id or 0, state.num_processes or 1)
+
     @contextlib.contextmanager
     def screen(self) -> Iterator[TextIO | None]:
         """Where a run is shown: None, the usual place, in process 0; nowhere in the others, which would repeat it."""
@@ -224,11 +230,17 @@ class Processes:
         key = f"{name}/{self.index}"
 
         def wait() -> None:
-            # One long wait and no asking again and again: there may be hundreds of processes.
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                text = self._client.blocking_key_value_get(f"{self._scope}/{key}", _FOREVER_MS)
+            while True:
+                # Long waits and no asking again and again: there may be hundreds of processes.
+                try:
+                    text = self._client.blocking_key_value_get(f"{self._scope}/{key}", _LONG_MS)
+                except jax.errors.JaxRuntimeError as error:
+                    if "DEADLINE_EXCEEDED" in str(error):  # a run may take weeks
+                        continue
+                    return
                 if text:
                     act(text)
+                return
 
         thread = threading.Thread(target=wait, daemon=True, name=name)
         thread.start()

@@ -1,6 +1,7 @@
 """`launch/gke.sh` and `launch/xpk.sh` over stand-ins for kubectl and xpk."""
 
 import re
+import tomllib
 
 import pytest
 import yaml
@@ -51,6 +52,37 @@ def test_what_is_sent_is_one_job_set(commands, tmp_path):
     assert "32 pods are asked for" in done.stderr
     assert "until: NAME=qwen NAMESPACE=lab launch/gke.sh delete" in done.stderr
     assert "${" not in (tmp_path / "sent").read_text().split("apiVersion", 1)[1].replace("${NAME} & c", "")
+
+
+def test_the_network_of_the_host_is_for_several_slices(commands):
+    """With it pods have the account of their node, not their own."""
+    for given, network in (({}, False), ({"SLICES": "2"}, True), ({"SLICES": "2", "HOST_NETWORK": "false"}, False)):
+        job = yaml.safe_load(commands.run(GKE, "print", *RUN, **TPUS, **given).stdout)["spec"]["replicatedJobs"][0]
+        pod = job["template"]["spec"]["template"]
+        assert pod["spec"]["hostNetwork"] is network
+        assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "false"}
+        assert [volume["name"] for volume in pod["spec"]["volumes"]] == ["shared-memory"]
+
+
+def test_a_bucket_with_data_is_mounted(commands):
+    for given, data in (({}, "/data"), ({"QWENVL_DATA": "/data/built"}, "/data/built")):
+        done = commands.run(GKE, "print", *RUN, **TPUS, **given, DATA_BUCKET="my-data")
+        pod = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+        assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+        [container] = pod["spec"]["containers"]
+        assert {"name": "QWENVL_DATA", "value": data} in container["env"]
+        assert {"name": "data", "mountPath": "/data", "readOnly": True} in container["volumeMounts"]
+        (volume,) = (volume for volume in pod["spec"]["volumes"] if volume["name"] == "data")
+        assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io" and volume["csi"]["readOnly"]
+        assert volume["csi"]["volumeAttributes"]["bucketName"] == "my-data"
+
+
+def test_what_is_installed_is_what_runs_on_tpus_need():
+    """Built data sets are read with tensorflow-datasets, and the guide's trackers write."""
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for name in ("Dockerfile", "tpu_vm.sh"):
+        (extras,) = re.findall(r"'\.\[([\w,]+)\]'", (ROOT / "launch" / name).read_text())
+        assert set(extras.split(",")) == {"tpu", "gcs", "tfds", "tensorboard", "wandb"} <= set(known)
 
 
 def test_variables_are_passed_to_pods(commands):
@@ -128,6 +160,8 @@ def test_a_refusal_says_what_may_be_there(commands):
         (("train", *RUN), {"TOPOLOGY": ""}, "TOPOLOGY is not set; for example TOPOLOGY=4x4x4"),
         (("train", *RUN), {"TOPOLOGY": "64"}, "TOPOLOGY=64 must be as 4x4 or 4x4x4"),
         (("train", *RUN), {"TOPOLOGY": "2x1"}, "TOPOLOGY=2x1 has 2 chips, which is no multiple of CHIPS_PER_HOST=4"),
+        (("train", *RUN), {"HOST_NETWORK": "yes"}, "HOST_NETWORK=yes must be true or false"),
+        (("train", *RUN), {"DATA_BUCKET": "gs://mine"}, "DATA_BUCKET=gs://mine must be the name of a bucket, without"),
         (("train", *RUN), {"SLICES": "0"}, "SLICES=0 must be a whole number, at least 1"),
         (("train",), {}, "which config? For example: launch/gke.sh train"),
         (("print", "c.py", "--out", "runs/a"), {}, "give --out gs://BUCKET/DIR: pods share no disk"),

@@ -9,11 +9,17 @@ import signal
 import subprocess
 import time
 
+import jax
+import numpy as np
 import pytest
 import requests
+from flax import nnx
 from google.cloud import storage
 
-from qwenvl_jax.errors import ConfigError, StoreError
+from qwenvl_jax.checkpoint import folder as folders
+from qwenvl_jax.data.processor import Processor
+from qwenvl_jax.errors import CheckpointError, ConfigError, StoreError
+from qwenvl_jax.models.qwenvl import QwenVL
 from qwenvl_jax.train import processes, run_folder
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.processes import Processes
@@ -112,6 +118,8 @@ def test_the_folder_of_a_run(bucket):
             with folder.new_model(name) as making:
                 for file in (last, "z_config.json", "a", "z"):
                     (making / file).write_text(file)
+                folder.publish()  # as a process does that ends while a model is written: it is no small file
+                assert not any("tmp" in name for name in stored(bucket, "small"))
             times = {blob.name: blob.time_created for blob in bucket.client.list_blobs(bucket, prefix=f"small/{name}/")}
             assert len(times) == 4 and max(times, key=times.__getitem__) == f"small/{name}/{last}"
         with pytest.raises(ZeroDivisionError), folder.new_model("other"):
@@ -140,6 +148,48 @@ def test_the_folder_of_a_run(bucket):
             log.write("refused\n")
         run_folder.check(folder, {"seed": "1"})
     assert generations(bucket) == before
+
+
+def test_a_model_in_a_bucket_is_read(bucket, tiny_checkpoint, tmp_path, monkeypatch):
+    """As the next stage of a chain begins with the one before; what is here as it is there is not copied again."""
+    monkeypatch.setattr(folders, "BUCKET_CACHE", tmp_path)
+
+    names = {path.name for path in tiny_checkpoint.iterdir()}
+    weights = {name for name in names if name.endswith(".safetensors")}
+    for name in names:
+        bucket.blob(f"s0/model/{name}").upload_from_string((tiny_checkpoint / name).read_bytes())
+    assert weights.isdisjoint(path.name for path in folders.resolve("gs://runs/s0/model", weights=False).iterdir())
+    model = QwenVL.from_pretrained("gs://runs/s0/model/", dtype="float32")
+    wanted = QwenVL.from_pretrained(tiny_checkpoint, dtype="float32")
+    for ours, theirs in zip(*(jax.tree.leaves(nnx.state(one)) for one in (model, wanted)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert Processor.from_pretrained("gs://runs/s0/model").tokenizer.get_vocab_size() > 0
+    (folder,) = tmp_path.iterdir()
+    assert {path.name for path in folder.iterdir()} <= names
+
+    before = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    assert folders.resolve("gs://runs/s0/model") == folder
+    assert {path.name: path.stat().st_ino for path in folder.iterdir()} == before
+    # What differs in size or time is copied again, and what is not there any more goes.
+    (folder / "config.json").write_text("{}")
+    os.utime(folder / "tokenizer.json", (1, 1))
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"of a model that lay there before")
+    folders.resolve("gs://runs/s0/model")
+    after = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    assert {name for name in before if after[name] != before[name]} == {"config.json", "tokenizer.json"}
+    assert after.keys() == before.keys()
+    assert (folder / "config.json").read_bytes() == (tiny_checkpoint / "config.json").read_bytes()
+
+    with pytest.raises(CheckpointError, match="gs://runs/nothing holds no files of a model; give the address of"):
+        folders.resolve("gs://runs/nothing")
+
+
+def test_first_weights_that_are_not_there_are_told_before_data_is_read(bucket, config, tmp_path):
+    run = dataclasses.replace(tiny_config(config.parent), init="gs://runs/nothing")
+    (stage, *_) = run.stages
+    missing = dataclasses.replace(stage, data=dataclasses.replace(stage.data, source=str(tmp_path / "none.jsonl")))
+    with pytest.raises(CheckpointError, match="gs://runs/nothing holds no files of a model"):
+        train(dataclasses.replace(run, stages=(missing,)), tmp_path / "out")
 
 
 def test_what_a_store_refuses_is_told_in_one_line(bucket):

@@ -204,6 +204,23 @@ def test_all_starved(steady):
     assert behind(steady[:, :1]) == ["waits for batches 30% of the last 50 steps' time"]
 
 
+def test_a_short_stage_is_looked_at_in_its_end():
+    """Of several processes, one whose batches are late; of one alone, or of too few steps, nothing."""
+    for steps, count, told in ((9, 2, 1), (9, 1, 0), (5, 2, 0)):
+        said = []
+        pace = Pace(said.append)
+        for step in range(1, steps + 1):
+            seconds = None if step == 1 else 1.0
+            pace.add("s", step, [{"step": seconds, "wait": 0.5 * (i == count - 1), "idle": 0.0} for i in range(count)])
+        assert not said
+        pace.end(steps)
+        assert len(said) == told
+        if said:
+            assert said[0].startswith("s step 9: process 1 waits for batches 50% of the last 7 steps' time, the others")
+        pace.end(steps)
+        assert len(said) == told
+
+
 def test_a_look_is_taken_now_and_then():
     """Not at the first step, which has no time and whose compilation is in the second's."""
     said = []

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from qwenvl_jax.errors import ConfigError
+from qwenvl_jax.train import processes as processes_module
 from qwenvl_jax.train.metrics import read_metrics
 from qwenvl_jax.train.processes import first_of_each, join
 from qwenvl_jax.train.stopping import Stop
@@ -143,6 +144,27 @@ def test_a_mistake_in_one_process_ends_all(config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mistaken", [0, 1])
+def test_a_mistake_before_the_run_ends_all(config, tmp_path, mistaken):
+    """A setting that one of two has and that there is not: the other does not wait for minutes."""
+    logs, port = tmp_path / "logs", free_port()
+    arguments = ["train", config, "--out", tmp_path / "out"]
+    processes = [
+        process
+        for index in range(2)
+        for process in start(
+            2, *arguments, *(["--sed", "1"] if index == mistaken else []), logs=logs, port=port, only=index
+        )
+    ]
+    began = time.monotonic()
+    assert finish(processes) == [2, 2], said(logs)
+    assert time.monotonic() - began < 100
+    lines = [line for line in said(logs).splitlines() if "error: process" in line]
+    assert len(lines) == 2
+    assert all(f"process {mistaken}: unknown setting --sed; did you mean --seed?" in line for line in lines)
+
+
+@pytest.mark.slow
 def test_checkpoints_go_to_any_number_of_processes(tmp_path):
     """Written by two, read by four and by one: the same bits, and the same place."""
 
@@ -200,6 +222,20 @@ def test_all_stop_after_the_same_step(three, seed):
     assert len(last) == 1
     # One step that begins while the question is on its way.
     assert at["asked"] <= last.pop() <= at["asked"] + 2
+
+
+def test_a_watcher_waits_longer_than_its_store_does(three, monkeypatch):
+    """A run of weeks hears of a signal in its last hour."""
+    monkeypatch.setattr(processes_module, "_LONG_MS", 50)
+    _, processes = three
+    heard = []
+    with processes[0].watched("late", heard.append):
+        time.sleep(0.5)
+        processes[1].tell("late", "now")
+        end = time.monotonic() + 20
+        while not heard and time.monotonic() < end:
+            time.sleep(0.01)
+    assert heard == ["now"]
 
 
 def test_a_question_after_the_last_step_holds_nobody(three):
