@@ -108,7 +108,9 @@ for name in "${passed[@]}"; do
   [[ -z "${!name:-}" ]] || ENVIRONMENT+="- {name: $name, value: $(quoted "${!name}")}"$'\n                    '
 done
 
+# shellcheck disable=SC2034 # filled in below, by name
 FUSE=false DATA_MOUNT='' DATA_VOLUME=''
+# shellcheck disable=SC2034
 if [[ -n "$DATA_BUCKET" ]]; then
   FUSE=true
   DATA_MOUNT='- {name: data, mountPath: /data, readOnly: true}'
