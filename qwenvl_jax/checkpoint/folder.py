@@ -71,15 +71,15 @@ def _fetched(address: str, patterns: tuple[str, ...]) -> Path:
     wanted = {name for name in found if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
     if not wanted:
         raise CheckpointError(f"{address} holds no files of a model; give the address of the folder with config.json.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.name not in found and not path.name.startswith("."):
-            path.unlink()  # of a model that lay there before
-    for name in sorted(wanted):
-        try:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if path.name not in found and not path.name.startswith("."):
+                path.unlink(missing_ok=True)  # of a model that lay there before
+        for name in sorted(wanted):
             _copied(found[name], folder / name)
-        except Exception as error:
-            raise _unread(f"{address}/{name}", error) from error
+    except Exception as error:
+        raise _unread(address, error) from error
     return folder
 
 
@@ -103,8 +103,9 @@ def _copied(source, target: Path) -> None:
 def _unread(address: str, error: Exception) -> CheckpointError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return CheckpointError(
-        f"{address} cannot be read ({reason}); check the address, your credentials and, for gs://, that gcsfs is "
-        "installed (pip install 'qwenvl_jax[gcs]')."
+        f"{address} cannot be read, or copied into {BUCKET_CACHE} ({reason}); check the address, your credentials, for "
+        "gs:// that gcsfs is installed (pip install 'qwenvl_jax[gcs]'), and that there is room (XDG_CACHE_HOME names "
+        "another place)."
     )
 
 

@@ -182,6 +182,10 @@ def test_a_model_in_a_bucket_is_read(bucket, tiny_checkpoint, tmp_path, monkeypa
 
     with pytest.raises(CheckpointError, match="gs://runs/nothing holds no files of a model; give the address of"):
         folders.resolve("gs://runs/nothing")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(folders, "BUCKET_CACHE", tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"gs://runs/s0/model cannot be read, or copied into .*XDG_CACHE_HOME"):
+        folders.resolve("gs://runs/s0/model")
 
 
 def test_first_weights_that_are_not_there_are_told_before_data_is_read(bucket, config, tmp_path):
