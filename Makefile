@@ -30,12 +30,14 @@ FIND_312 = found=; for candidate in $(or $(PYTHON312),python3.12 $(wildcard $(HO
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 JOBS ?= 2
 CHECK_JOBS ?= 3
+# A worker that crashes ends the run: tests that it had left would be given to nobody, and waited for.
+PARALLEL := --dist loadgroup --max-worker-restart 0
 
 demo: .venv/.installed
 	$(BIN)/qwenvl-jax demo
 
 test: .venv/.installed-test lint
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) $(PARALLEL)
 
 # What is compared with the reference is compiled as users compile it; the rest as by `make test`, see tests/compiling.py.
 # Of the rest, tests of several processes wait for one another: three at a time on two cores.
@@ -43,8 +45,8 @@ COMPARED := tests/parity tests/models tests/ops
 OPTIMIZED := XLA_FLAGS=--xla_backend_optimization_level=3
 
 check: .venv/.installed-tpu lint
-	$(OPTIMIZED) $(BIN)/python -m pytest $(COMPARED) -n $(JOBS) --dist loadgroup
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(COMPARED)) -n $(CHECK_JOBS) --dist loadgroup
+	$(OPTIMIZED) $(BIN)/python -m pytest $(COMPARED) -n $(JOBS) $(PARALLEL)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(COMPARED)) -n $(CHECK_JOBS) $(PARALLEL)
 	@$(MAKE) --no-print-directory check-312
 
 # Python 3.12 and the newest JAX within the bounds, without the reference: torch may be a build of several GB there; and
@@ -62,7 +64,7 @@ check-312:
 	    touch .venv312/.installed-test; \
 	  fi; \
 	  .venv312/bin/python -m pytest -m "not slow" $(addprefix --ignore=tests/,data demo launch) \
-	    -n $(JOBS) --dist loadgroup; \
+	    -n $(JOBS) $(PARALLEL); \
 	fi
 
 lint: .venv/.installed-test

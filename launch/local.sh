@@ -22,6 +22,12 @@ python="$here/.venv/bin/python"
 if [[ -n "${CPU_DEVICES:-}" ]]; then
   export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$CPU_DEVICES"
 fi
+if [[ "${JAX_PLATFORMS:-}" == cpu ]]; then
+  # The CPU's devices run in one pool of threads, one for each core or device. Where some wait in several exchanges at
+  # once none may be left for those that they wait for. NPROC is the size of the pool.
+  cores="$(getconf _NPROCESSORS_ONLN)"
+  export NPROC="${NPROC:-$((cores > 64 ? cores : 64))}"
+fi
 processes="${PROCESSES:-1}"
 if ! [[ "$processes" =~ ^[1-9][0-9]*$ ]]; then
   echo "launch/local.sh: PROCESSES=$processes must be a whole number, at least 1" >&2

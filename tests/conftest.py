@@ -17,6 +17,9 @@ _WANTED = {
 _GIVEN = os.environ.get("XLA_FLAGS", "")
 _MISSING = {flag: value for flag, value in _WANTED.items() if flag not in _GIVEN}
 os.environ["XLA_FLAGS"] = f"{_GIVEN} {compiling.flags(_MISSING)}".strip()
+# And they run in one pool of as many threads: where a device waits in two exchanges at once, another is left without
+# one, and all wait for it. So there are threads to spare.
+os.environ.setdefault("NPROC", str(max(64, os.cpu_count() or 1)))
 compiling.compile_quickly_here()
 # A name that looks like a hub id must fail at once, not after a wait for a hub that no test needs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -138,6 +138,22 @@ def test_gpus_are_shared_evenly(tmp_path):
     )
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_devices_of_the_cpu_have_threads_to_spare(tmp_path):
+    """One of several exchanges at once may need the thread that another holds; JAX starts one a device, or core."""
+    (tmp_path / "count.py").write_text(
+        "import jax, pathlib\n"
+        "devices = len(jax.devices())\n"
+        "names = [name.read_text() for name in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "print(devices, sum(name.startswith('tf_XLAEigen') for name in names))\n"
+    )
+    script = f"{sys.executable} {tmp_path}/count.py > {tmp_path}/pool"
+    for given, wanted in (({"NPROC": ""}, max(64, os.cpu_count())), ({"NPROC": "20"}, 20)):
+        done = _several(tmp_path, script, PROCESSES="1", CPU_DEVICES="4", **given)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "pool").read_text().split() == ["4", str(wanted)]
+
+
 def test_a_number_of_processes_that_is_none(tmp_path):
     done = _several(tmp_path, "exit 0", PROCESSES="two")
     assert (done.returncode, done.stderr) == (

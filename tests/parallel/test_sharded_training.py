@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -172,6 +173,13 @@ def test_first_weights_are_the_same_on_every_mesh(generation, sizes):
 def test_generations_are_all_there():
     assert set(MODEL_TYPES) <= set(GENERATIONS) and len(jax.devices()) >= 8
     assert np.prod(list(MESHES["context+tensor"].values())) == 8
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_devices_have_threads_to_spare():
+    """See tests/conftest.py: all devices of this process could wait for one another otherwise."""
+    names = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]
+    assert sum(name.startswith("tf_XLAEigen") for name in names) >= 8 * len(jax.devices())
 
 
 @pytest.mark.slow
