@@ -137,4 +137,5 @@ fi
 kube create -f - <<<"$manifest" ||
   fail "nothing was started; of a run that is there already: NAME=$NAME launch/gke.sh status, or delete"
 say "$((SLICES * HOSTS)) pods are asked for. The log: NAME=$NAME NAMESPACE=$NAMESPACE launch/gke.sh log"
-say "they are paid for until they end, or until: NAME=$NAME NAMESPACE=$NAMESPACE launch/gke.sh delete"
+say "nodes are paid for as long as they are there: pools that scale down lose them when the run ends; others are to be resized"
+say "to end the run: NAME=$NAME NAMESPACE=$NAMESPACE launch/gke.sh delete"

@@ -8,12 +8,19 @@
 # All arguments go to `qwenvl-jax train`. A run continues from its latest checkpoint as if nothing had happened, so a
 # process that was killed (out of memory, a lost machine that came back) costs only the steps since then. What a restart
 # cannot mend ends this script with the same status: a mistake in the arguments, a file or a setting (2), an interruption
-# (130), and a run that dies RESTARTS times (5 by default). CPU_DEVICES=N makes JAX see the CPU as N devices.
+# (130), and a run that dies RESTARTS times (5 by default; after a life of STEADY_SECONDS, an hour, they are counted anew).
+# CPU_DEVICES=N makes JAX see the CPU as N devices. A terminal that is closed ends the run, with a checkpoint: for one that
+# is to outlast it, put `nohup` before the script, or use tmux.
 #
 # PROCESSES=N shares the run among N processes, as on N hosts, and the GPUs of this machine, if it has any, evenly among
 # them (JAX_LOCAL_DEVICE_IDS). Where one dies the others cannot go on: they end by themselves, or are killed after
 # GRACE_SECONDS (60 by default), and all are started again.
 set -uo pipefail
+
+if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
+  sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  exit 0
+fi
 set -m # each process gets a group of its own: Ctrl-C reaches it once, through `stop`, and it writes a checkpoint
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -55,7 +62,7 @@ stop() {
   stopped=yes
   ((${#children[@]} == 0)) || kill -TERM "${children[@]}" 2>/dev/null
 }
-trap stop INT TERM
+trap stop INT TERM HUP
 
 free_port() {
   local port
@@ -89,6 +96,7 @@ for ((life = 0; life <= ${RESTARTS:-5}; life++)); do
   fi
   for ((index = 0; index < processes; index++)); do start "$index" "$@"; done
   status=0 # of the first that dies
+  begun=$SECONDS
   while ((${#children[@]} > 0)); do
     for index in "${!children[@]}"; do
       if kill -0 "${children[index]}" 2>/dev/null; then continue; fi
@@ -109,6 +117,7 @@ for ((life = 0; life <= ${RESTARTS:-5}; life++)); do
   case "$status" in
     0 | 2 | 130) exit "$status" ;;
   esac
+  ((SECONDS - begun < ${STEADY_SECONDS:-3600})) || life=0
   [[ -n "$stopped" ]] || sleep "${PAUSE_SECONDS:-2}"
   [[ -z "$stopped" ]] || exit "$status"
 done

@@ -1,28 +1,31 @@
 #!/usr/bin/env bash
 # Trains under Slurm, one process for each task of the job, and goes on after its time limit, preemption and failures.
 #
-#     sbatch --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh CONFIG --out DIR
+#     sbatch --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --exclusive --mem=0 --cpus-per-task=32 --time=24:00:00 \
+#       launch/slurm.sh CONFIG --out DIR
 #     sbatch --ntasks=2 --time=2:00:00 launch/slurm.sh configs/demo/s1.py --out runs/s1 --mesh.fsdp 2 --batch.groups 2
 #
 # Arguments before the script are Slurm's, those after it go to `qwenvl-jax train`. DIR is on a disk that all nodes see, or
-# in a bucket. The log is qwenvl-JOB.log where sbatch was called; the run's own files are in DIR.
+# in a bucket. The log is qwenvl-JOB.log where sbatch was called; the run's own files are in DIR. Without --cpus-per-task a
+# task has one CPU, which cannot decode for eight GPUs, and where memory is counted by CPUs the memory of one.
 #
-#   - Before the time limit (120 s, --signal) every task gets SIGTERM and saves a checkpoint; then the job requeues itself.
+#   - Before the time limit (300 s, --signal) every task gets SIGTERM and saves a checkpoint; then the job requeues itself.
+#     If it has not saved by then Slurm ends it for good: for longer steps and saves, sbatch --signal=TERM@900.
 #   - When Slurm preempts the job or a node fails, or at `scontrol requeue JOB`, Slurm requeues it (--requeue); it saves
 #     first if it is given the time: the partition's GraceTime, or KillWait seconds.
 #   - `scancel JOB` ends it for good, with a checkpoint; `scancel --signal=TERM JOB` has it save and go on at once in line.
-#   - Where tasks die, all are started again in the same job, RESTARTS times.
+#   - Where tasks die, all are started again in the same job, RESTARTS times, counted anew after a life of STEADY_SECONDS.
 #   - A mistake in the arguments, a file or a setting (status 2) ends the job.
 #
 # Variables: QWENVL_JAX_PYTHON, the Python with qwenvl_jax (.venv/bin/python where sbatch was called, else python3);
-# RESTARTS (5); REQUEUES (100), how often the job is started again at most; WAIT_SECONDS (600), after the end of the first
+# RESTARTS (5); STEADY_SECONDS (3600); REQUEUES (100), how often the job is started again at most; WAIT_SECONDS (600), after the end of the first
 # task, until others that hang are killed.
 #
 #SBATCH --job-name=qwenvl
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@300
 set -uo pipefail
 
 say() { echo "launch/slurm.sh: $*" >&2; }
@@ -54,11 +57,14 @@ for ((life = 0; life <= ${RESTARTS:-5}; life++)); do
   # Tasks save together and end one after the other: the first to end must not have Slurm kill the rest. Where one dies
   # the others end by themselves within a minute; those that hang are killed after WAIT_SECONDS.
   srun --kill-on-bad-exit=0 --wait="${WAIT_SECONDS:-600}" "$python" -m qwenvl_jax train "$@" &
-  step=$!
+  step=$! begun=$SECONDS
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done
   wait "$step"
   status=$?
-  [[ -z "$ended" ]] || break
+  if [[ -n "$ended" ]]; then
+    say "Slurm ends the job; if it was neither cancelled nor is requeued (its time limit came before a checkpoint), submit it again"
+    break
+  fi
   case "$status" in
     0 | 2) exit "$status" ;;
     130 | 143) # interrupted, and not because the job ends: the time limit is near
@@ -78,6 +84,7 @@ for ((life = 0; life <= ${RESTARTS:-5}; life++)); do
       ;;
   esac
   say "the tasks ended with status $status"
+  ((SECONDS - begun < ${STEADY_SECONDS:-3600})) || life=0
   sleep "${PAUSE_SECONDS:-2}"
 done
 exit "$status"

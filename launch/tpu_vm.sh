@@ -9,7 +9,7 @@
 # `train` may be interrupted and called again: it goes on with what is there. It ends when the run ends, with its status (0
 # done, 2 a mistake, 130 after `stop`). Where a process dies, every host starts its own again (launch/local.sh, RESTARTS
 # times); on a host that was started anew the run is installed and started again, and on all where one was shut down; a
-# slice that was preempted is asked for again, RECREATIONS times. The log is ~/qwenvl_jax/run.log on each host.
+# slice that was preempted is asked for again, RECREATIONS times; one that was deleted is not. The log is ~/qwenvl_jax/run.log on each host.
 #
 # Variables, with their defaults:
 #   NAME, ZONE         of the queued resource, to be given
@@ -177,13 +177,19 @@ acquire() { # returns when the slice is there
     [[ -z "$found" || "$found" == "$last" ]] || say "$NAME is $found"
     last="$found"
     case "$found" in
-      ACTIVE) trap remind EXIT; return ;;
-      NONE) create ;;
+      ACTIVE) there=yes; trap remind EXIT; return ;;
+      NONE)
+        # With `delete` in another terminal, say, it was given back for good.
+        [[ -z "$there" ]] || { trap - EXIT; say "$NAME was deleted, and not from here: the run has ended"; exit 1; }
+        create
+        ;;
       FAILED | SUSPENDED)
         ((recreations-- > 0)) || { say "$NAME is $found again (RECREATIONS=${RECREATIONS:-20})"; exit 1; }
         say "asking for the slice again"
-        tpus delete --force --quiet || say "it could not be deleted; trying again"
+        if tpus delete --force --quiet; then there=''; else say "it could not be deleted; trying again"; fi
         ;;
+      '' | DELETING) ;;
+      *) there=yes ;;
     esac
     [[ "$found" == NONE ]] || sleep "$poll"
   done
@@ -249,7 +255,7 @@ watch() { # returns when the run has to be started again, on some hosts or all
 }
 
 recreations="${RECREATIONS:-20}"
-known='' tries=0
+known='' there='' tries=0
 while :; do
   acquire
   if ! start; then

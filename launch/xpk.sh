@@ -69,4 +69,5 @@ xpk workload create --workload="$NAME" "${at[@]}" --tpu-type="$TYPE" --num-slice
   --termination-grace-period-seconds="${GRACE_SECONDS:-300}" "${environment[@]}" "${flags[@]}" \
   --command="qwenvl-jax train$(printf ' %q' "$@")" ||
   fail "xpk says above why; what may be left of it: CLUSTER=$CLUSTER launch/xpk.sh list, and delete"
-say "it is paid for until it ends, or until: NAME=$NAME CLUSTER=$CLUSTER launch/xpk.sh delete"
+say "XPK's nodes are paid for until the cluster is deleted or its pools are resized, whether something runs or not"
+say "to end the run: NAME=$NAME CLUSTER=$CLUSTER launch/xpk.sh delete"

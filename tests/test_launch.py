@@ -33,6 +33,7 @@ def _launch(folder: Path, ends: str, restarts: int) -> tuple[int, list[str]]:
         "QWENVL_JAX_PYTHON": str(stand_in),
         "RESTARTS": str(restarts),
         "PAUSE_SECONDS": "0",
+        "STEADY_SECONDS": "2",
     }
     result = subprocess.run(
         [SCRIPT, "c.py", "--out", "a b"],
@@ -56,10 +57,20 @@ def _launch(folder: Path, ends: str, restarts: int) -> tuple[int, list[str]]:
         # Told to stop, the script tells the run, waits for its end, and starts no other.
         ("trap 'exit 7' TERM; kill -TERM $PPID; while :; do sleep 0.1; done", 5, 7, 1),
         ("trap 'exit 7' TERM; kill -INT $PPID; while :; do sleep 0.1; done", 5, 7, 1),
+        ("trap 'exit 7' TERM; kill -HUP $PPID; while :; do sleep 0.1; done", 5, 7, 1),  # its terminal was closed
+        # Restarts are counted anew after a life of two seconds.
+        ("exit 1,sleep 2; exit 1,exit 3,exit 0", 1, 3, 3),
     ],
 )
 def test_lives(tmp_path, ends, restarts, status, lives):
     assert _launch(tmp_path, ends, restarts) == (status, ["-m qwenvl_jax train c.py --out a b"] * lives)
+
+
+def test_it_tells_how_it_is_used():
+    done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True, timeout=60)
+    assert "PROCESSES=2 launch/local.sh configs/demo/s1.py" in done.stdout
+    for name in ("RESTARTS", "STEADY_SECONDS", "GRACE_SECONDS", "CPU_DEVICES"):
+        assert name in done.stdout
 
 
 def _several(folder: Path, script: str, **settings: str) -> subprocess.CompletedProcess:

@@ -50,7 +50,7 @@ def test_what_is_sent_is_one_job_set(commands, tmp_path):
     assert container["image"] == "repo/qwenvl_jax"
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert "32 pods are asked for" in done.stderr
-    assert "until: NAME=qwen NAMESPACE=lab launch/gke.sh delete" in done.stderr
+    assert "to end the run: NAME=qwen NAMESPACE=lab launch/gke.sh delete" in done.stderr
     assert "${" not in (tmp_path / "sent").read_text().split("apiVersion", 1)[1].replace("${NAME} & c", "")
 
 
@@ -185,7 +185,7 @@ def test_xpk_is_told_all(commands):
         "--termination-grace-period-seconds=300 --spot --priority=high "
         "--command=qwenvl-jax train configs/demo/s1.py --out gs://bucket/run --name a\\ b"
     ]
-    assert "until: NAME=qwen CLUSTER=mine launch/xpk.sh delete" in done.stderr
+    assert "to end the run: NAME=qwen CLUSTER=mine launch/xpk.sh delete" in done.stderr
     for command in ("list", "delete"):
         assert commands.run(XPK, command, **CLUSTER).returncode == 0
     assert commands.calls()[1:] == [

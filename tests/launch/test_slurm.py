@@ -76,6 +76,13 @@ TRAIN = "--kill-on-bad-exit=0 --wait=600 py -m qwenvl_jax train c.py --out a b"
         ("exit 2", {}, 2, [f"srun  {TRAIN}"]),
         ("exit 137,exit 1,exit 0", {}, 0, [f"srun  {TRAIN}"] * 3),
         ("exit 134,exit 134,exit 134", {"RESTARTS": "2"}, 134, [f"srun  {TRAIN}"] * 3),
+        # Counted anew after a life of two seconds.
+        (
+            "exit 134,sleep 2; exit 134,exit 135,exit 0",
+            {"RESTARTS": "1", "STEADY_SECONDS": "2"},
+            135,
+            [f"srun  {TRAIN}"] * 3,
+        ),
         ("exit 130", {}, 130, [f"srun  {TRAIN}", "scontrol requeue 7"]),
         ("exit 143", {}, 143, [f"srun  {TRAIN}", "scontrol requeue 7"]),
         # The job itself is ended: Slurm knows what follows.
@@ -86,6 +93,11 @@ TRAIN = "--kill-on-bad-exit=0 --wait=600 py -m qwenvl_jax train c.py --out a b"
 )
 def test_lives(tmp_path, statuses, variables, status, calls):
     assert _lives(tmp_path, statuses, **variables)[:2] == (status, calls)
+
+
+def test_a_job_that_ends_before_its_tasks_have_saved_says_what_to_do(tmp_path):
+    told = _lives(tmp_path, "kill -TERM $PPID; sleep 0.5; exit 1")[2]
+    assert "its time limit came before a checkpoint), submit it again" in told
 
 
 def test_a_job_that_was_started_too_often_says_so(tmp_path):

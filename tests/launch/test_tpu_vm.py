@@ -137,6 +137,15 @@ def test_a_preempted_slice_is_asked_for_again(tmp_path):
     assert len(one.lives()) == 2
 
 
+def test_a_slice_that_somebody_deleted_is_not_asked_for_again(tmp_path):
+    """It would be paid for, by one who believes it is gone."""
+    one = Slice(tmp_path, ["NONE", "ACTIVE", "DELETING", "NONE"], f"touch {tmp_path}/deaf; sleep 100")
+    done = one.run(*TRAIN)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "launch/tpu_vm.sh: qwen was deleted, and not from here: the run has ended"
+    assert len(one.called("create")) == 1
+
+
 def test_a_slice_that_does_not_come(tmp_path):
     one = Slice(tmp_path, ["FAILED", "NONE", "FAILED"])
     done = one.run(*TRAIN, RECREATIONS="1")
