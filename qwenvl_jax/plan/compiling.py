@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,6 +110,7 @@ class Compiled:
       across: bytes of them that go to other slices; None where they could not be counted.
       unknown_loops: see `qwenvl_jax.plan.hlo.Exchanges`.
       seconds: to trace and compile.
+      notes: what a run would say at its start, see `qwenvl_jax.train.devices.attention_notes`.
     """
 
     parameters: int
@@ -126,6 +128,7 @@ class Compiled:
     across: int | None
     unknown_loops: int
     seconds: float
+    notes: Sequence[str] = ()
 
 
 def check_libtpu() -> None:

@@ -47,8 +47,13 @@ class Layout:
         """The stage with these settings."""
         return dataclasses.replace(stage, microbatches=self.microbatches, remat=self.remat)
 
-    def arguments(self, given: MeshConfig | None = None) -> str:
-        """The same for the command line; `given` is the mesh of the config that they change."""
+    def arguments(self, given: MeshConfig | None = None, *, stage: str = "") -> str:
+        """The same for the command line.
+
+        Args:
+          given: the mesh of the config that they change.
+          stage: of a config of several, the one whose microbatches and remat are meant.
+        """
         given = given or MeshConfig()
         sizes = [
             f"--mesh.{axis} {size}"
@@ -57,7 +62,9 @@ class Layout:
         ]
         rules = [f"--mesh.rules {self.mesh.rules}"] if self.mesh.rules != given.rules else []
         override = [f"--mesh.override {' '.join(self.mesh.override)}"] if self.mesh.override != given.override else []
-        return " ".join([*sizes, *rules, *override, f"--microbatches {self.microbatches}", f"--remat {self.remat}"])
+        of = f"stages.{stage}." if stage else ""
+        own = [f"--{of}microbatches {self.microbatches}", f"--{of}remat {self.remat}"]
+        return " ".join([*sizes, *rules, *override, *own])
 
 
 def chosen(

@@ -21,7 +21,7 @@ from qwenvl_jax.parallel.rules import make_rules, param_shardings
 from qwenvl_jax.plan.compiling import Request, ServeRequest
 from qwenvl_jax.train import program
 from qwenvl_jax.train.adapters import make_parts
-from qwenvl_jax.train.devices import mesh_of
+from qwenvl_jax.train.devices import attention_notes, mesh_of
 
 Facts = dict[str, Any]
 
@@ -56,6 +56,7 @@ def traced_step(request: Request, devices: list[jax.Device]) -> tuple[jax.stages
         },
         "flops": step_flops(config.model, request.assumed.work, state.params).total,
         "again": made_again(config.model, request.assumed.work, state.params, stage.remat),
+        "notes": attention_notes(config, mesh, rules),
     }
     return step, facts
 

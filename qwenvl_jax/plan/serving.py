@@ -157,15 +157,15 @@ def token_bounds(answering: Answering) -> dict[str, float | None]:
     serving = answering.serving
     found = bounds(answering.token, serving.topology)
     state, moe = answering.token.state, serving.model.text.moe
-    read = state["decoder"] * _gathered(serving.mesh, "embed") + state["cache"]
+    read = state["decoder"] * _devices_of(serving.mesh, "embed") + state["cache"]
     if moe:
-        experts = state["experts"] * _gathered(serving.mesh, "expert_embed")
+        experts = state["experts"] * _devices_of(serving.mesh, "expert_embed")
         read += experts * moe.num_experts_per_tok // moe.num_experts
     return found | {"hbm": read / serving.topology.hardware.hbm_bandwidth}
 
 
-def _gathered(mesh: MeshConfig, axis: str) -> int:
-    """How many devices have the parts of a weight that is whole where it is used."""
+def _devices_of(mesh: MeshConfig, axis: str) -> int:
+    """Over how many devices the rules lay a logical axis; of weights, each of them gathers what the others have."""
     names = make_rules(mesh.rules, mesh.override)[axis] or ()
     return math.prod(getattr(mesh, name) for name in ((names,) if isinstance(names, str) else names))
 
@@ -278,7 +278,8 @@ def frames_of(serving: Serving, context: int) -> int:
     """Temporal patches of the video that fills a context.
 
     Raises:
-      ConfigError: a context that is too small for a frame, or more than the model reads.
+      ConfigError: a context that is too small for a frame, more than the model reads, or whose prompts the devices of
+        `context` cannot share.
     """
     reach = serving.model.text.max_position_embeddings
     frames = (context - LENGTH_STEP - TEXT_TOKENS) // FRAME_TOKENS
@@ -287,6 +288,13 @@ def frames_of(serving: Serving, context: int) -> int:
         raise ConfigError(
             f"a context of {context} tokens: expected a multiple of {LENGTH_STEP} from {least} to {reach}, as many as "
             f"{serving.name} reads."
+        )
+    prompt, parts = context - LENGTH_STEP, _devices_of(serving.mesh, "tokens")
+    if prompt % parts:
+        sizes = [str(n) for n in range(1, parts) if prompt % n == 0 and serving.topology.devices % n == 0]
+        raise ConfigError(
+            f"a context of {context} tokens: {prompt} of them are the prompt's, which the {parts} devices of "
+            f"mesh.context cannot share evenly; of these they could: {', '.join(sizes)}."
         )
     return frames
 

@@ -69,7 +69,10 @@ def plan_command(
     if as_json:
         print(json.dumps(next(iter(facts.values())) if len(facts) == 1 else facts, indent=2))
     elif len(cells[0].config.stages) > 1 and layouts[0][1]:
-        print("Each stage has a mesh of its own here; a run of several stages has one, given with --mesh.")
+        print(
+            "Each stage is planned with a mesh of its own, and a run of several stages has one, which each of their "
+            "batches has to divide by: give it with --mesh to plan them so."
+        )
     return 0 if fit else 1
 
 
@@ -89,6 +92,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield line("mesh", _mesh(plan) + ("" if not plan.by_rule else f"; by the rule: {RULE}"))
     for note in plan.assumed.notes:
         yield line("assumed", note)
+    for note in compiled.notes:
+        yield line("beware", note)
     learn = "all learn" if compiled.learning == compiled.parameters else f"{compiled.learning:,} learn"
     yield line("parameters", f"{compiled.parameters:,}, {learn}")
     yield from _memory_lines(plan)
@@ -161,9 +166,12 @@ def advice(plan: Plan, *, searched: bool = False) -> str:
     if state["batch"] > half:
         tips.append("fewer batch.rows: the batch alone takes more than half of it")
     if sum(state.values()) - state["batch"] > half:
-        tips.append("a larger slice: weights and optimizer alone take more than half of it")
-        if layout.mesh.rules != "zero":
-            tips.append("--mesh.rules zero, which splits weights over all devices")
+        # Along `data` are copies, whatever the slice; of several slices each has one. The rule takes as few as it can.
+        copies = layout.mesh.data > plan.cell.topology.slices and not plan.by_rule
+        what = "weights and optimizer alone take more than half of it"
+        tips.append(f"less of mesh.data, more of mesh.fsdp: {what}" if copies else f"a larger slice: {what}")
+        if layout.mesh.rules != "zero" and layout.mesh.expert * layout.mesh.context > 1:
+            tips.append("--mesh.rules zero, which splits weights over expert and context too")
     if layout.remat not in ("full", "offload"):
         tips.append("--remat full")
     if groups % (2 * share * layout.microbatches) == 0:
@@ -194,10 +202,16 @@ def _exchange_lines(plan: Plan) -> Iterator[str]:
 def command(plan: Plan) -> str:
     """The command that trains as planned."""
     cell = plan.cell
-    layout = plan.layout.arguments(cell.config.mesh) if plan.by_rule else ""
+    layout = _arguments(plan) if plan.by_rule else ""
     model = f"--model {cell.name}" if cell.named else ""
     given = shlex.join(map(str, (cell.config_path, *cell.overrides)))
     return " ".join(part for part in ("qwenvl-jax train", given, model, layout) if part)
+
+
+def _arguments(plan: Plan) -> str:
+    """The layout, for the command line; of a curriculum, of this stage alone but for the mesh."""
+    cell = plan.cell
+    return plan.layout.arguments(cell.config.mesh, stage=cell.stage.name if len(cell.config.stages) > 1 else "")
 
 
 def ranking(plans: Sequence[Plan]) -> str:
@@ -210,7 +224,7 @@ def ranking(plans: Sequence[Plan]) -> str:
     for plan in plans:
         total = gib(plan.memory.total) if plan.memory.total is not None else "unknown"
         fits = "yes" if plan.memory.fits else f"no, {gib(plan.memory.excess)} too many"
-        layout = plan.layout.arguments(plan.cell.config.mesh)
+        layout = _arguments(plan)
         lines.append(f"  {plan.ranked_seconds:>14.3g} s {total:>12} {fits:<23} {layout}")
     if not best.memory.fits:
         lines.append(f"  none fits; of the one that is the least too large: {advice(best, searched=True)}")

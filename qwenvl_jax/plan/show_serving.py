@@ -70,6 +70,7 @@ def serve_command(
 def facts(serving: Serving, found: Sequence[Answering]) -> dict:
     """The object of `--json`."""
     mesh = {axis: getattr(serving.mesh, axis) for axis in AXES} | {"rules": serving.mesh.rules}
+    mesh |= {"override": list(serving.mesh.override)} if serving.mesh.override else {}
     return {
         "model": serving.name,
         "topology": serving.topology.name,
@@ -84,7 +85,8 @@ def facts(serving: Serving, found: Sequence[Answering]) -> dict:
 def _head(serving: Serving) -> Iterator[str]:
     yield f"{serving.name} on {serving.topology.name}, {serving.topology.devices} devices, bfloat16"
     sizes = [f"{axis} {getattr(serving.mesh, axis)}" for axis in AXES if getattr(serving.mesh, axis) > 1]
-    yield line("mesh", ", ".join([*sizes, f"rules {serving.mesh.rules}"]))
+    override = [f"override {' '.join(serving.mesh.override)}"] if serving.mesh.override else []
+    yield line("mesh", ", ".join([*sizes, f"rules {serving.mesh.rules}", *override]))
     yield line("rows", f"{serving.rows} at once, {serving.rows // serving.shares} on each share of the mesh")
     yield line(
         "assumed",
@@ -115,7 +117,7 @@ def _lines(found: Answering) -> Iterator[str]:
     )
     for key, words in (("first_token", "first token"), ("next_token", "between tokens")):
         phase = facts[key]
-        moved = "" if phase["bytes"] is None else f", {gib(phase['bytes'])} read and written by a device"
+        moved = "" if phase["bytes"] is None else f", at least {gib(phase['bytes'])} read and written by a device"
         yield line(words, f"{phase['flops']:.3e} FLOPs of all rows together{moved}")
         yield line("", f"at least {phase['seconds']:.3g} s ({_bounds(phase['bounds'])})")
     yield line("", f"at most {serving.rows / facts['next_token']['seconds']:,.0f} tokens a second of all rows")
@@ -136,8 +138,11 @@ def advice(found: Answering) -> str:
     usable = USABLE * found.memories[0].limit
     weights = sum(state[kind] for kind in WEIGHTS)
     fewer = [*(["fewer --rows"] if serving.rows > serving.shares else []), "a smaller --context"]
-    # With as many devices as heads of keys a larger slice has more shares, which are no smaller.
-    larger = ["a larger slice"] if serving.mesh.tensor < serving.model.text.num_key_value_heads else []
+    # With as many devices as heads of keys a larger slice has more shares, which are no smaller; with fewer, though
+    # there are shares, it is a mesh by hand, of which a larger slice would have more as well.
+    mesh, heads = serving.mesh, serving.model.text.num_key_value_heads
+    wider = f"--mesh.tensor {2 * mesh.tensor}" if mesh.data % 2 == 0 else "a larger slice"
+    larger = [wider] if heads % (2 * mesh.tensor) == 0 else []
     if weights > usable:
         return f"{' or '.join([*larger, _split_further(serving)])}: the weights alone take more than that"
     if weights + state["cache"] > usable:

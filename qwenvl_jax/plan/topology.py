@@ -102,7 +102,9 @@ class Topology:
         if generation not in HARDWARE:
             raise ConfigError(f"unknown topology {name!r}; known are {'; '.join(map(_listed, HARDWARE))}.")
         if shape not in known_shapes(generation):
-            near = difflib.get_close_matches(shape, known_shapes(generation), n=1)
+            known = known_shapes(generation)
+            turned = [one for one in known if sorted(one.split("x")) == sorted(shape.split("x"))]
+            near = turned or difflib.get_close_matches(shape, known, n=1)
             hint = f", did you mean {generation}:{near[0]}?" if near else ";"
             raise ConfigError(f"unknown topology {name!r}{hint} Known are {_listed(generation)}.")
         hardware = HARDWARE[generation]

@@ -15,17 +15,18 @@ from qwenvl_jax.checkpoint.hf import parameter_count
 from qwenvl_jax.checkpoint.hf_config import config_to_json
 from qwenvl_jax.data.packing import BatchShape
 from qwenvl_jax.errors import ConfigError
-from qwenvl_jax.parallel.placement import Remat
+from qwenvl_jax.parallel.placement import Execution, Remat
 from qwenvl_jax.plan import compiling, show
 from qwenvl_jax.plan.assumed import assume
 from qwenvl_jax.plan.bounds import bounds, by_axis, memory
 from qwenvl_jax.plan.compiling import Compiled, Request, check_libtpu, needed_bytes
-from qwenvl_jax.plan.plan import Plan, layout_of, read_cells
+from qwenvl_jax.plan.plan import Plan, layout_of, read_cells, request_of
 from qwenvl_jax.plan.programs import traced_step
 from qwenvl_jax.plan.search import candidates, rank
 from qwenvl_jax.presets import PRESETS
 from qwenvl_jax.train.config import AdapterConfig, DataConfig, MeshConfig, OptimizerConfig
 from qwenvl_jax.train.config_file import load_config_file
+from qwenvl_jax.train.overrides import apply_overrides
 from tests.parallel.test_compiled import needs_libtpu
 
 GIB = 2**30
@@ -167,6 +168,54 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(found, words):
     assert not plan.memory.fits and not plan.facts()["fits"]
     text = show.table(plan)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "others"),
+    [
+        (
+            ["--mesh.data", "256", "--mesh.fsdp", "1"],
+            ["less of mesh.data, more of mesh.fsdp: weights"],
+            ["larger", "zero"],
+        ),
+        (["--mesh.fsdp", "64", "--mesh.context", "4"], ["a larger slice: weights", "--mesh.rules zero"], ["mesh.data"]),
+    ],
+)
+def test_what_is_advised_would_help(arguments, words, others):
+    """Along `data` are copies, which a larger slice has more of; `zero` splits over `expert` and `context`."""
+    (cell,) = read_cells(S1, arguments, topology="v5e:16x16", model="qwen3_vl_8b")
+    state = {"weights": 9 * GIB, "frozen": 0, "optimizer": 9 * GIB, "batch": 0}
+    plan = dataclasses.replace(plan_of(compiled(temporaries=20 * GIB, state=state), "v5e:16x16"), cell=cell)
+    advice = show.advice(dataclasses.replace(plan, layout=layout_of(cell)[0], by_rule=False))
+    assert all(word in advice for word in words), advice
+    assert not any(word in advice for word in others), advice
+
+
+def test_of_a_curriculum_a_stage_has_settings_of_its_own():
+    """Unprefixed they would be those of all stages, whose batches they do not divide."""
+    cells = read_cells("configs/pretrain/curriculum.py", [], topology="v5e:16x16", model="qwen3_vl_8b", stage="s1")
+    plan = dataclasses.replace(plan_of(compiled()), cell=cells[0], layout=layout_of(cells[0])[0], by_rule=True)
+    _, _, told = show.command(plan).partition(" --model qwen3_vl_8b ")
+    assert told in show.ranking([plan])
+    changed = apply_overrides(cells[0].config, shlex.split(told))
+    found = {stage.name: (stage.microbatches, stage.remat) for stage in changed.stages}
+    written = {stage.name: (stage.microbatches, stage.remat) for stage in cells[0].config.stages}
+    assert plan.layout.microbatches > 1
+    assert found == written | {"s1": (plan.layout.microbatches, plan.layout.remat)}
+
+
+def test_what_a_run_would_say_of_its_attention_is_told(small, monkeypatch, optax_promotes):
+    """That rows do not suit the kernel of TPUs, which devices here take themselves for."""
+    monkeypatch.setattr(Execution, "backend", "splash")
+    for length, told in ((1088, 1), (1024, 0)):
+        given = ["--batch.rows", "4", "--batch.groups", "4", "--batch.length", str(length), "--mesh.context", "4"]
+        (cell,) = read_cells(small, given, topology="v5e:2x2")
+        layout, _ = layout_of(cell)
+        request = request_of(cell, layout, assume(cell.stage, cell.model, multiple=4))
+        facts = traced_step(request, jax.devices()[:4])[1]
+        assert len(facts["notes"]) == told
+    found = compiled(notes=["stage s1: plain attention"])
+    assert "  beware         stage s1: plain attention\n" in show.table(plan_of(found))
 
 
 def test_what_crosses_between_slices_has_a_bound_of_its_own():

@@ -164,7 +164,7 @@ def test_facts_and_table():
         "8,192 tokens of context, 7,680 of a video of 60 frames",
         "fits         yes",
         "from the frames of the video to tokens, at least 0.0201 s (compute 0.0201 s, HBM ",
-        "between tokens 1.000e+10 FLOPs of all rows together, 6.00 GiB read and written by a device",
+        "between tokens 1.000e+10 FLOPs of all rows together, at least 6.00 GiB read and written by a device",
     ):
         assert words in text, text
 
@@ -204,6 +204,21 @@ def test_what_is_advised_would_help(name, topology, state, words):
     found = answering(name, topology, token=compiled(arguments=30 * GIB, state=held))
     text = "\n".join(show_serving._lines(found))
     assert words in text, text
+
+
+def test_a_mesh_by_hand_is_advised_to_split_heads():
+    """A larger slice would have more copies of what does not fit."""
+    serving = read_serving("qwen3_vl_32b", ["--mesh.tensor", "2"], topology="v5e:2x4")
+    held = compiled().state | {"decoder": 33 * GIB}
+    found = dataclasses.replace(answering(token=compiled(arguments=40 * GIB, state=held)), serving=serving)
+    assert show_serving.advice(found).startswith("--mesh.tensor 4 or ")
+
+
+def test_settings_of_rules_are_told(capsys):
+    serving = read_serving("qwen3_vl_8b", ["--mesh.tensor", "4", "--mesh.override", "kv_heads="], topology="v5e:2x4")
+    found = dataclasses.replace(answering(), serving=serving)
+    assert show_serving.facts(serving, [found])["mesh"]["override"] == ["kv_heads="]
+    assert "rules replicated, override kv_heads=" in "\n".join(show_serving._head(serving))
 
 
 def test_of_a_prompt_one_token_has_logits(monkeypatch):
@@ -250,6 +265,10 @@ def test_of_a_prompt_one_token_has_logits(monkeypatch):
         (["qwen3_vl_8b", "--topology", "v5e:2x4", "--context", "1000"], ["1000", "multiple of 128"]),
         (["qwen3_vl_8b", "--topology", "v5e:2x4", "--context", "1048576"], ["1048576", "262144"]),
         (["qwen3_vl_8b", "--topology", "v5e:2x4", "--search", "3"], ["--search"]),
+        (
+            ["qwen3_vl_8b", "--topology", "v5e:16x16", "--mesh.context", "256", "--context", "8192"],
+            ["8064 of them are the prompt's", "the 256 devices of mesh.context", "could: 1, 2, 4, 8, 16, 32, 64, 128."],
+        ),
         (["qwen3_vl_8b", "--topology", "v5e:2x4", "--context", "8192", "1000"], ["1000", "multiple of 128"]),
         (["qwen3_vl_8b", "--topology", "v5e:2x4", "--rows", "-8"], ["--rows -8", "at least 1"]),
         (["qwen3_vl_8b", "--topology", "v5e:2x4", "--model", "qwen3_vl_2b"], ["qwen3_vl_8b", "qwen3_vl_2b", "two"]),

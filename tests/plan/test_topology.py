@@ -21,7 +21,9 @@ def test_devices(name, devices):
         ("v9:2x2", ["'v9:2x2'", "v5e:1x1, 2x2", "v6e:", "v5p:2x2x1", "tpu7x:"]),
         ("v5e:16x15", ["'v5e:16x15'", "did you mean v5e:16x16?", "8x16"]),
         ("v5p", ["'v5p'", "2x2x1, 2x2x2"]),
-        ("v5p:8x4x8", ["'v5p:8x4x8'", "rising order"]),
+        ("v5p:8x4x8", ["'v5p:8x4x8'", "did you mean v5p:4x8x8?", "rising order"]),
+        ("v5p:16x8x8", ["did you mean v5p:8x8x16?"]),
+        ("v6e:8x4", ["did you mean v6e:4x8?"]),
     ],
 )
 def test_unknown_names_list_what_is_known(name, words):
